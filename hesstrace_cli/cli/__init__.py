@@ -1,0 +1,46 @@
+"""The command line: a thin shell; nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hesstrace_cli import __version__
+from hesstrace_cli.cli.boundary import ErrorBoundary
+from hesstrace_cli.cli.compare import compare
+from hesstrace_cli.cli.estimate_trace import estimate_trace
+from hesstrace_cli.cli.train import train
+
+app = typer.Typer(
+    cls=ErrorBoundary,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hesstrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hesstrace(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train with a penalty on the trace of the loss Hessian, estimate it, compare regularizers."""
+
+
+app.command()(train)
+app.command("estimate-trace")(estimate_trace)
+app.command()(compare)
+
+
+def main() -> None:
+    """The entry point `hesstrace`."""
+    app()

@@ -1,0 +1,81 @@
+"""`hesstrace estimate-trace`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hesstrace_cli.cli import screen
+from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.config import EstimateConfig, resolve
+from hesstrace_cli.reporting import tables
+
+if TYPE_CHECKING:
+    from hesstrace_cli.curvature.statistics import Mean
+
+_DEFINITION = (
+    "tr({matrix}) of the mean cross-entropy over {n} examples ({split}), all trainable "
+    "parameters, eval mode, no augmentation; {preprocessing}"
+)
+
+
+@with_options(EstimateConfig)
+def estimate_trace(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", show_default=False)],
+    *,
+    flags: dict[str, Any],
+    config: str | None,
+) -> None:
+    """Estimate the trace of the loss Hessian at saved checkpoints, with an error bar.
+
+    Example: hesstrace estimate-trace runs/*/last.pt --rtol 0.02
+    """
+    settings = resolve(EstimateConfig, flags, config)
+
+    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.estimation import estimate_checkpoint
+
+    records = []
+    for path in checkpoints:
+        record, warnings = estimate_checkpoint(path, settings, _on_pass(path))
+        for warning in warnings:
+            screen.say(f"warning: {path}: {warning}")
+        records.append(record)
+    several = {"schema": "hesstrace/traces/1", "traces": records}
+    text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
+    if settings.json == "-":
+        typer.echo(text)
+        return
+    if settings.json is not None:
+        write_atomically(Path(settings.json), text + "\n")
+    _show(records)
+
+
+def _on_pass(path: str) -> Any:
+    def report(passes: int, total: Mean) -> None:
+        error = "" if total.stderr is None else f" ± {total.stderr:.2g}"
+        if passes & (passes - 1) == 0:  # 1, 2, 4, 8, ...: a log that stays short
+            screen.say(f"{path}: pass {passes}, trace {total.value:.4g}{error}")
+
+    return report
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    title = "trace of the Hessian" if records[0]["curvature"] == "hessian" else "trace of G"
+    screen.show(tables.rich_table(title, tables.TRACE_HEAD, tables.trace_rows(records)))
+    for record in records:
+        if "per_layer" in record:
+            rows = tables.layer_rows(record)
+            screen.show(tables.rich_table(record["checkpoint"], tables.LAYER_HEAD, rows))
+    first = records[0]
+    screen.say(
+        _DEFINITION.format(
+            matrix="H" if first["curvature"] == "hessian" else "G",
+            n=first["num_examples"],
+            split=first["split"],
+            preprocessing=f"preprocessing {first['preprocess']}",
+        )
+    )

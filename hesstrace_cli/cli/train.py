@@ -1,0 +1,93 @@
+"""`hesstrace train`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hesstrace_cli.cli import screen
+from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name
+from hesstrace_cli.reporting import tables
+
+if TYPE_CHECKING:
+    from hesstrace_cli.training import Run
+
+_TRACE_FLAGS = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
+
+
+@with_options(TrainConfig)
+def train(*, flags: dict[str, Any], config: str | None) -> None:
+    """Train a classifier, with a penalty on the trace of the loss Hessian or without.
+
+    Example: hesstrace train --reg trace --lambda 0.01
+    """
+    settings = resolve(TrainConfig, _with_stored(flags, config), config or _stored(flags))
+    row = parse_row(settings.reg, settings.lambda_)
+    unused = [name for name in (*_TRACE_FLAGS, "curvature") if name in flags]
+    if unused and "trace" not in row:
+        names = ", ".join("--" + name.replace("_", "-") for name in unused)
+        screen.say(f"warning: {names} is without effect, as --reg has no trace")
+
+    from hesstrace_cli.training import Run
+
+    run = Run(settings)
+    if run.finished:
+        screen.say(f"{run.folder.path} is finished; nothing to do")
+        summary = run.folder.summary()
+    else:
+        summary = train_with_progress(run, row_name(row))
+    assert summary is not None
+    rows = tables.summary_rows(summary)
+    screen.show(tables.rich_table(str(run.folder.path), tables.SUMMARY_HEAD, rows))
+
+
+def _stored(flags: dict[str, Any]) -> str | None:
+    """The run's own config, where nothing but its folder is given with --resume."""
+    from pathlib import Path
+
+    if flags.get("resume") and set(flags) <= {"resume", "out", "device", "num_workers"}:
+        file = Path(flags.get("out", "")) / "config.yaml"
+        return str(file) if "out" in flags and file.is_file() else None
+    return None
+
+
+def _with_stored(flags: dict[str, Any], config: str | None) -> dict[str, Any]:
+    if config is None and _stored(flags) is not None:
+        return {**flags, "resume": True}
+    return flags
+
+
+def train_with_progress(run: Run, label: str) -> dict[str, Any]:
+    """Train to the end and show where it is: a bar on a terminal, a line an epoch elsewhere."""
+    epochs = run.config.epochs
+    with screen.StopRequest() as stop, screen.progress_bar(label, run.total_steps) as bar:
+        for progress in run.advance(stop):
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=run.step)
+            if progress.record is None:
+                continue
+            note = _epoch_line(progress.record, epochs)
+            if bar is None:
+                screen.say(f"{label}: {note}")
+            else:
+                bar.update(bar.task_ids[0], note=note)
+            _report_negative(progress.record)
+    return run.finish()
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    line = f"epoch {record['epoch']}/{epochs} loss {record['train_loss']:.4f}"
+    if "val_accuracy" in record:
+        line += f" val accuracy {record['val_accuracy']:.4f}"
+    if record["penalty_trace"] is not None:
+        line += f" penalised trace {record['penalty_trace']:.4g}"
+    return line
+
+
+def _report_negative(record: dict[str, Any]) -> None:
+    trace = record["penalty_trace"]
+    if trace is not None and trace < 0:
+        screen.say(
+            f"warning: the penalised trace is negative in epoch {record['epoch']} ({trace:.4g}): "
+            "the penalty pushes it further down. --curvature ggn cannot go below 0"
+        )

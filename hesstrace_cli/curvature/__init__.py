@@ -1,0 +1,1 @@
+"""Derivatives that are right, probes, and estimators: tensors in, records out, no I/O."""

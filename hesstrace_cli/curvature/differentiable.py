@@ -1,0 +1,208 @@
+"""Forms of PyTorch's operations whose derivatives of every order are right.
+
+The fused kernels of several operations have a first derivative that is right and a second or
+third one that is missing or, without an error, wrong: batch, instance and layer norm in nested
+forward mode and in third derivatives; `weight_norm` already in second ones; flash attention,
+`hardsigmoid` and cuDNN's recurrent layers have no second derivative at all. Inside
+`differentiable_ops()` each is written from primitive operations instead, for any model, whether
+it calls a module or a function. Values agree with the fused kernels to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
+    mean = X.mean(dims, keepdim=True)
+    centered = X - mean
+    variance = (centered * centered).mean(dims, keepdim=True)
+    return centered * torch.rsqrt(variance + eps)
+
+
+def _per_channel(vector: Tensor, X: Tensor) -> Tensor:
+    return vector.reshape(1, -1, *([1] * (X.dim() - 2)))
+
+
+def _affine_per_channel(X: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        X = X * _per_channel(weight, X)
+    if bias is not None:
+        X = X + _per_channel(bias, X)
+    return X
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Batch norm from primitives; the running statistics are left as they are."""
+    if training or running_mean is None or running_var is None:
+        dims = [0, *range(2, input.dim())]
+        if math.prod(input.shape[d] for d in dims) == 1:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {tuple(input.shape)}"
+            )
+        normalized = _normalize(input, dims, eps)
+    else:
+        scale = torch.rsqrt(running_var + eps)
+        normalized = (input - _per_channel(running_mean, input)) * _per_channel(scale, input)
+    return _affine_per_channel(normalized, weight, bias)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Instance norm from primitives; the running statistics are left as they are."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    normalized = _normalize(input, list(range(2, input.dim())), eps)
+    return _affine_per_channel(normalized, weight, bias)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """Layer norm from primitives."""
+    output = _normalize(input, list(range(-len(normalized_shape), 0)), eps)
+    if weight is not None:
+        output = output * weight
+    return output if bias is None else output + bias
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Group norm from primitives."""
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    normalized = _normalize(grouped, [-1], eps).reshape(input.shape)
+    return _affine_per_channel(normalized, weight, bias)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Root-mean-square norm from primitives."""
+    dims = list(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    output = input * torch.rsqrt((input * input).mean(dims, keepdim=True) + eps)
+    return output if weight is None else output * weight
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """The weight g v / ||v||, the norm taken over all dimensions but `dim`."""
+    return v * (g / norm_except_dim(v, 2, dim))
+
+
+def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
+    """The `pow`-norm of v over all dimensions but `dim` (-1: over all), kept as ones."""
+    dims = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    powers = v * v if pow == 2 else v.abs().pow(pow)
+    return powers.sum(dims, keepdim=True).pow(1 / pow)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Hardsigmoid as clamp(x / 6 + 1/2, 0, 1)."""
+    return torch.clamp(input / 6 + 0.5, 0, 1)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """Hardswish as x times hardsigmoid(x)."""
+    return input * hardsigmoid(input)
+
+
+def _without_cudnn(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return recurrent(*args, **kwargs)
+
+    return call
+
+
+# Right and fast where only second derivatives in reverse mode are taken (the Gauss-Newton penalty).
+_SECOND_ORDER: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: weight_norm,
+    torch.norm_except_dim: norm_except_dim,
+    F.hardsigmoid: hardsigmoid,
+    torch._C._nn.hardsigmoid: hardsigmoid,
+    F.hardswish: hardswish,
+    torch._C._nn.hardswish: hardswish,
+    **{
+        recurrent: _without_cudnn(recurrent)
+        for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+    },
+}
+
+_ANY_ORDER: dict[Any, Callable[..., Any]] = {
+    **_SECOND_ORDER,
+    F.batch_norm: batch_norm,
+    torch.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    torch.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+}
+
+
+class _ReplaceOperations(TorchFunctionMode):
+    def __init__(self, replacements: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def differentiable_ops(*, order: int = 3) -> Iterator[None]:
+    """Run what is inside with operations whose derivatives up to `order` are right.
+
+    Args:
+        order: 2 keeps the fast norm kernels, whose second derivative in reverse mode is right;
+            3 replaces them too, and is needed for any forward mode.
+    """
+    replacements = _SECOND_ORDER if order <= 2 else _ANY_ORDER
+    with sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
+        yield

@@ -1,0 +1,53 @@
+"""Gradients by parameter name, and the dead ends of autograd's graphs.
+
+Autograd marks the output of a backward without a derivative of its own with a node that raises
+when it is reached; but asked for the gradient in given parameters, it takes the path through such a
+node as unused, and the derivative comes out as zero. So the graph is searched for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesstrace_cli.curvature.probes import Params
+
+
+def gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> dict[str, Tensor]:
+    """The gradient by name; zeros for a parameter that the loss does not use."""
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+    grads = torch.autograd.grad(
+        loss, list(params.values()), create_graph=create_graph, retain_graph=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    return dict(zip(params, grads, strict=True))
+
+
+def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """The inner product over the names in `b`."""
+    return torch.stack([(a[name] * part).sum() for name, part in b.items()]).sum()
+
+
+_DEAD_ENDS = ("Error", "NotImplemented")
+
+
+def check_graph(*outputs: Tensor) -> None:
+    """Look for nodes of the graph that cannot be differentiated again.
+
+    Raises:
+        NotImplementedError: If there is one.
+    """
+    stack: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name().rpartition("::")[2] in _DEAD_ENDS:
+            raise NotImplementedError("a backward in the graph has no derivative of its own")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)

@@ -1,0 +1,104 @@
+"""A model's mean loss on a batch as a function of its trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from hesstrace_cli.curvature.differentiable import differentiable_ops
+from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.errors import ModelError
+
+LossFunc = Callable[[Tensor, Tensor], Tensor]
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that need a gradient, by name; a tied one once.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ModelError("the model has no trainable parameter, so its Hessian is empty")
+    return params
+
+
+def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
+    """The logits at other parameters, with differentiable operations.
+
+    The model's own parameters and buffers stay as they are: it works on copies of the buffers, as
+    BatchNorm counts its batches in place.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with differentiable_ops():
+        logits: Tensor = functional_call(model, {**params, **buffers}, (X,))
+    return logits
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The mean loss of a batch, L(w) = (1/N) sum_i l(f(x_i; w), y_i), in the model's own mode.
+
+    Attributes:
+        model: Gives logits of shape (N, C).
+        params: w, the trainable parameters by name.
+        loss_func: Maps logits and targets to the mean loss.
+    """
+
+    model: nn.Module
+    params: dict[str, Tensor]
+    loss_func: LossFunc = F.cross_entropy
+
+    def logits(self, params: Params, X: Tensor) -> Tensor:
+        """f(x; w) for the batch, shape (N, C)."""
+        return call_model(self.model, {**self.params, **params}, X)
+
+    def loss(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
+        """L(w), a 0-dim tensor."""
+        return self.loss_func(self.logits(params, X), y)
+
+
+class _BatchStatistics(TorchFunctionMode):
+    """Notes whether a batch norm takes its statistics from the batch."""
+
+    found = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.batch_norm, torch.batch_norm):
+            by_position = args[5] if len(args) > 5 else False
+            self.found |= bool(kwargs.get("training", by_position))
+        return func(*args, **kwargs)
+
+
+def uses_batch_statistics(model: nn.Module, X: Tensor) -> bool:
+    """Whether the logits of one example depend on the others in its batch, through BatchNorm.
+
+    Decided by the operations that a forward pass in the model's present mode runs, so that a
+    batch norm called as a function is found too. The model and the random state are untouched.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [X.device] if X.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), _BatchStatistics() as watch:
+        functional_call(model, buffers, (X,))
+    return watch.found
+
+
+def draws_random_numbers(model: nn.Module, X: Tensor) -> bool:
+    """Whether a forward pass in the model's present mode is random, as with active Dropout."""
+    devices = [X.device] if X.device.type == "cuda" else []
+
+    def state() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = state()
+        functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, (X,))
+        return any(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))

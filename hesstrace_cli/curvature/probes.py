@@ -1,0 +1,93 @@
+"""Random probe vectors v with E[v v^T] = I, dense or with dropped parts.
+
+The dropout scheme of the paper draws entries from Q(p): +1 and -1 with probability p each and 0
+with 1 - 2p, so E[v v^T] = 2p I. Here `keep_prob` is q = 2p, and every probe is divided by the
+square root of its inclusion probability, so that v^T H v estimates tr(H) at every q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+Scheme = Literal["none", "entry", "tensor"]
+Params = Mapping[str, Tensor]
+
+
+def rademacher(like: Tensor, *, generator: Generator) -> Tensor:
+    """Draw independent signs, +1 or -1 with probability 1/2, in the shape of `like`."""
+    signs = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def num_kept(num_tensors: int, keep_prob: float) -> int:
+    """The number of tensors k that the tensor scheme keeps: max(1, round(q T))."""
+    return max(1, round(keep_prob * num_tensors))
+
+
+def draw_keep(
+    params: Params, *, scheme: Scheme, keep_prob: float, generator: Generator
+) -> dict[str, Tensor]:
+    """Draw which parts of the parameters are kept, scaled by the inclusion probability.
+
+    Args:
+        params: The P parameter tensors by name.
+        scheme: "none" keeps all; "entry" keeps each entry with probability q by its own coin
+            (the paper's); "tensor" keeps exactly k = max(1, round(q T)) of the T tensors,
+            drawn without replacement, each included with probability pi = k / T.
+        keep_prob: q in (0, 1].
+        generator: Source of all randomness.
+
+    Returns:
+        For each kept tensor a factor s, a 0-dim tensor or of the tensor's shape, with
+        E[s^2] = 1 in every entry (s = 0 where dropped): 1, mask / sqrt(q), or pi^(-1/2).
+        Dropped tensors have no entry.
+
+    Source:
+        Liu, Yu, Lin, arXiv 2208.05924, the dropout scheme of SEHT-D.
+    """
+    if not 0 < keep_prob <= 1:
+        raise ValueError(f"keep_prob is {keep_prob}, expected a number in (0, 1]")
+    if scheme == "entry":
+        return {name: _kept_entries(p, keep_prob, generator) for name, p in params.items()}
+    names: Sequence[str] = list(params)
+    inclusion = 1.0
+    if scheme == "tensor":
+        kept = num_kept(len(names), keep_prob)
+        inclusion = kept / len(names)
+        # On the generator's device; sorted, so that the order of work is the model's own.
+        drawn = torch.randperm(len(names), generator=generator, device=generator.device)[:kept]
+        names = [names[i] for i in sorted(drawn.tolist())]
+    return {
+        name: torch.tensor(inclusion**-0.5, dtype=params[name].dtype, device=params[name].device)
+        for name in names
+    }
+
+
+def _kept_entries(like: Tensor, keep_prob: float, generator: Generator) -> Tensor:
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return mask.bernoulli_(keep_prob, generator=generator).mul_(keep_prob**-0.5)
+
+
+def draw_probe(
+    params: Params, *, scheme: Scheme = "none", keep_prob: float = 1.0, generator: Generator
+) -> dict[str, Tensor]:
+    """Draw a probe v with E[v v^T] = I: signs times the factors of `draw_keep`.
+
+    Args:
+        params: The parameter tensors by name.
+        scheme: See `draw_keep`; "none" is Hutchinson's dense probe (SEHT-H).
+        keep_prob: q in (0, 1]; without effect for "none".
+        generator: Source of all randomness.
+
+    Returns:
+        The kept tensors' parts of v, by name; the others are zero and left out.
+    """
+    keep = draw_keep(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
+    return {
+        name: factor * rademacher(params[name], generator=generator)
+        for name, factor in keep.items()
+    }

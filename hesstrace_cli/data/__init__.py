@@ -1,0 +1,156 @@
+"""Data sets by name, checked, split and preprocessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hesstrace_cli.config import DataConfig
+from hesstrace_cli.data.preprocess import Preprocess
+from hesstrace_cli.data.sources import Arrays, Source, open_source
+from hesstrace_cli.data.splits import DatasetSplit, Split, TensorSplit, stratified_order
+from hesstrace_cli.errors import DataError
+
+__all__ = ["DataSet", "Split", "load_data", "stratified_order"]
+
+_SUBSET_SEED = 0  # of subsets and validation splits: the same for every --seed
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, ready for training: what a run trains, validates and tests on.
+
+    Attributes:
+        name: As given on the command line.
+        train: The training examples, without those held out.
+        val: The examples held out of the training data; None without validation.
+        test: The test examples.
+        num_classes: Labels are 0 to num_classes - 1.
+        in_shape: Shape of one input.
+        preprocess: What is done to every batch.
+    """
+
+    name: str
+    train: Split
+    val: Split | None
+    test: Split
+    num_classes: int
+    in_shape: tuple[int, ...]
+    preprocess: Preprocess
+
+
+def load_data(
+    config: DataConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recorded: Mapping[str, Any] | None = None,
+) -> DataSet:
+    """Load the config's data set, check it, and hold out the validation split.
+
+    Args:
+        config: Names the data set; its model, dataset and val_fraction are resolved.
+        device: Where batches go.
+        dtype: Floating-point type of the batches.
+        recorded: The preprocessing of a checkpoint, used unless `--mean` is given.
+
+    Raises:
+        DataError: If it is missing, empty, or holds inputs or labels out of range.
+    """
+    assert config.dataset is not None
+    source = open_source(
+        config.dataset, data_dir=config.data_dir or "data", download=config.download,
+        image_size=config.image_size,
+    )  # fmt: skip
+    preprocess = _preprocess(config, source, recorded)
+
+    def split(part: Arrays | Dataset[Any], name: str) -> Split:
+        return _split(part, f"{config.dataset} ({name})", preprocess, device, dtype, config)
+
+    train, test = split(source.train, "train"), split(source.test, "test")
+    num_classes = config.num_classes or source.num_classes
+    if num_classes is None:
+        num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    for name, part in (("train", train), ("test", test)):
+        _check_labels(part.labels, num_classes, f"{config.dataset} ({name})")
+    train, val = _hold_out(train, config)
+    first, _ = next(train.batches(1))
+    in_shape = tuple(first.shape[1:])
+    return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess)
+
+
+def _preprocess(
+    config: DataConfig, source: Source, recorded: Mapping[str, Any] | None
+) -> Preprocess:
+    usual: dict[str, Any] = {"mean": source.mean, "std": source.std, "scale": source.scale}
+    if recorded is not None:
+        usual = {**usual, **recorded}
+    if config.mean is not None and config.std is not None:
+        usual |= {"mean": config.mean, "std": config.std}
+    if config.model is not None and config.model.startswith("torchvision:"):
+        usual["channels"] = 3
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in usual.items()}
+    return Preprocess(**settings)
+
+
+def _split(
+    part: Arrays | Dataset[Any],
+    name: str,
+    preprocess: Preprocess,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: DataConfig,
+) -> Split:
+    if not isinstance(part, Arrays):
+        if len(part) == 0:  # type: ignore[arg-type]
+            raise DataError(f"{name} has no examples")
+        labels = _labels_of(part)
+        indices = torch.arange(len(labels))
+        return DatasetSplit(part, indices, labels, preprocess, device, config.num_workers, dtype)
+    if len(part.labels) == 0:
+        raise DataError(f"{name} has no examples")
+    if part.inputs.is_floating_point():
+        finite = torch.isfinite(part.inputs).flatten(1).all(1)
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise DataError(f"{name}: {int((~finite).sum())} inputs hold NaN or infinite values, "
+                            f"the first is number {first}")  # fmt: skip
+    return TensorSplit(part.inputs.to(device), part.labels.to(device), preprocess, dtype)
+
+
+def _labels_of(dataset: Dataset[Any]) -> Tensor:
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
+    return torch.tensor([int(y) for y in targets])
+
+
+def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{name}: labels go from {low} to {high}, expected 0 to {num_classes - 1}; "
+            "--num-classes sets their number"
+        )
+
+
+def _hold_out(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
+    """Take the fixed subset, if one is asked for, and the validation examples out of it."""
+    order = stratified_order(train.labels, _SUBSET_SEED)
+    if config.train_examples is not None:
+        if config.train_examples > len(train):
+            raise DataError(
+                f"--train-examples is {config.train_examples}, {config.dataset} has {len(train)}"
+            )
+        order = order[: config.train_examples]
+    held_out = round(len(order) * (config.val_fraction or 0.0))
+    if held_out == 0:
+        return train.subset(order), None
+    if held_out == len(order):
+        raise DataError(f"{len(order)} examples are too few for --val-fraction")
+    return train.subset(order[held_out:]), train.subset(order[:held_out])

@@ -1,0 +1,53 @@
+"""What is done to every batch of inputs before the model sees it; recorded with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesstrace_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Scale uint8 to [0, 1], then subtract the mean and divide by the standard deviation.
+
+    Attributes:
+        mean: One value, or one a channel.
+        std: One value, or one a channel.
+        scale: What the largest uint8 value is divided by.
+        channels: 3 repeats a single grey channel; None leaves the channels as they are.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 255.0
+    channels: int | None = None
+
+    def __call__(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Apply it to a batch of shape (N, ...), giving `dtype`."""
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.to(dtype) / self.scale
+        inputs = inputs.to(dtype)
+        if self.channels is not None and inputs.dim() == 4 and inputs.shape[1] == 1:
+            inputs = inputs.expand(-1, self.channels, -1, -1)
+        if self.mean == (0.0,) and self.std == (1.0,):
+            return inputs
+        return (inputs - self._column(self.mean, inputs)) / self._column(self.std, inputs)
+
+    def _column(self, values: Sequence[float], inputs: Tensor) -> Tensor:
+        if len(values) not in (1, inputs.shape[1]):
+            raise DataError(
+                f"--mean and --std have {len(values)} values, expected 1 or {inputs.shape[1]}, "
+                "one a channel"
+            )
+        column = torch.tensor(values, dtype=inputs.dtype, device=inputs.device)
+        return column.reshape(1, -1, *([1] * (inputs.dim() - 2)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -1,0 +1,153 @@
+"""Splits of a data set: examples held as one tensor, or read through a DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hesstrace_cli.data.preprocess import Preprocess
+from hesstrace_cli.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Split(Protocol):
+    """Labelled examples that come in batches, preprocessed, on one device."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class numbers, shape (N,)."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def subset(self, indices: Tensor) -> Split:
+        """The split of the examples at `indices`, in that order."""
+        ...
+
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, in the given order; the last may be smaller."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSplit:
+    """Examples held as one tensor on the device: no workers, no copies.
+
+    Attributes:
+        inputs: uint8 or floating point, shape (N, ...).
+        labels: int64, shape (N,).
+        preprocess: Applied to every batch.
+        dtype: Floating-point type of the batches.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    preprocess: Preprocess
+    dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> TensorSplit:
+        """The split of the examples at `indices`, in that order."""
+        indices = indices.to(self.labels.device)
+        return TensorSplit(self.inputs[indices], self.labels[indices], self.preprocess, self.dtype)
+
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch."""
+        if order is None:
+            order = torch.arange(len(self))
+        for indices in order.to(self.labels.device).split(batch_size):
+            yield self.preprocess(self.inputs[indices], self.dtype), self.labels[indices]
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """Examples of a `torch.utils.data.Dataset`, read by a DataLoader.
+
+    Attributes:
+        dataset: Gives pairs of an input tensor and a label.
+        indices: Which of its examples, in order.
+        labels: int64, shape (N,), on the CPU.
+        preprocess: Applied to every batch, on the device.
+        device: Where the batches go.
+        num_workers: Processes that read; 0 reads in this one.
+        dtype: Floating-point type of the batches.
+    """
+
+    dataset: Dataset[Any]
+    indices: Tensor
+    labels: Tensor
+    preprocess: Preprocess
+    device: torch.device
+    num_workers: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def subset(self, indices: Tensor) -> DatasetSplit:
+        """The split of the examples at `indices`, in that order."""
+        return DatasetSplit(
+            self.dataset, self.indices[indices], self.labels[indices], self.preprocess,
+            self.device, self.num_workers, self.dtype,
+        )  # fmt: skip
+
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, read ahead by the workers."""
+        indices = self.indices if order is None else self.indices[order]
+        loader: DataLoader[Batch] = DataLoader(
+            self.dataset,
+            batch_sampler=[part.tolist() for part in indices.split(batch_size)],
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=_collate,
+            # Without one, every pass would draw a seed for the workers from the global state.
+            generator=Generator().manual_seed(0),
+        )
+        for inputs, labels in loader:
+            if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+                raise DataError("an input of the data set is NaN or infinite, expected numbers")
+            inputs = inputs.to(self.device, non_blocking=True)
+            yield self.preprocess(inputs, self.dtype), labels.to(self.device, non_blocking=True)
+
+
+def _collate(examples: Sequence[tuple[Any, Any]]) -> Batch:
+    try:
+        inputs = torch.stack([torch.as_tensor(x) for x, _ in examples])
+    except RuntimeError as problem:
+        shapes = sorted({str(tuple(torch.as_tensor(x).shape)) for x, _ in examples})
+        raise DataError(
+            f"the inputs differ in shape ({', '.join(shapes[:3])}); give --image-size"
+        ) from problem
+    return inputs, torch.tensor([int(y) for _, y in examples])
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """An order of the examples whose every beginning has about the classes' shares.
+
+    Within a class the order is random; the j-th of its n examples stands at (j + u) / n of the
+    whole, with one random shift u a class. The first M examples are a stratified subset.
+
+    Args:
+        labels: Shape (N,).
+        seed: Of the random order and shifts; the global random state is untouched.
+    """
+    generator = Generator().manual_seed(seed)
+    labels = labels.cpu()
+    position = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        shift = torch.rand((), generator=generator, dtype=torch.float64)
+        ranks = torch.arange(len(members), dtype=torch.float64)
+        position[shuffled] = (ranks + shift) / len(members)
+    return position.argsort(stable=True)

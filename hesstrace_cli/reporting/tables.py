@@ -1,0 +1,127 @@
+"""Rich tables, and the same as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Rows = Sequence[Sequence[str]]
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to so many significant digits; a dash for none."""
+    return "-" if value is None else f"{value:#.{digits}g}".rstrip(".")
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error, the error to two digits."""
+    if error is None:
+        return f"{number(value)} (error unknown)"
+    return f"{number(value)} ± {number(error, 2)}"
+
+
+def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
+    """A table with its first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Rows) -> str:
+    """The table in GitHub's Markdown."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+SUMMARY_HEAD = ("quantity", "value")
+
+
+def summary_rows(summary: Mapping[str, Any]) -> Rows:
+    """What a finished run shows."""
+    trace, penalty = summary["trace"], summary["trace_penalty"]
+    rows = [
+        ["regularizers", summary["regularizers"]],
+        ["test accuracy", f"{summary['test_accuracy']:.4f}"],
+        ["test loss", number(summary["test_loss"])],
+        ["train loss", number(summary["train_loss"])],
+        ["train accuracy", f"{summary['train_accuracy']:.4f}"],
+    ]
+    if summary["val_accuracy"] is not None:
+        rows.append(["validation accuracy", f"{summary['val_accuracy']:.4f}"])
+    rows.append(["tr(H), training data, eval mode", with_error(trace["trace"], trace["stderr"])])
+    if penalty is not None:
+        rows.append(["penalty on", f"tr({'G' if penalty['curvature'] == 'ggn' else 'H'})"])
+        rows.append(["", penalty["reason"]])
+    rows.append(["seconds of training", f"{summary['seconds']:.1f}"])
+    return rows
+
+
+TRACE_HEAD = ("checkpoint", "trace", "95 % interval", "loss", "accuracy", "method", "passes")
+
+
+def trace_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    """A row a checkpoint."""
+    rows = []
+    for r in records:
+        interval = "-" if r["ci95"] is None else f"[{number(r['ci95'][0])}, {number(r['ci95'][1])}]"
+        rows.append([
+            r["checkpoint"], with_error(r["trace"], r["stderr"]), interval, number(r["loss"]),
+            f"{r['accuracy']:.4f}", r["method"], f"{r['passes']} x {r['num_probes']}",
+        ])  # fmt: skip
+    return rows
+
+
+LAYER_HEAD = ("parameter", "weights", "trace", "trace per weight")
+
+
+def layer_rows(record: Mapping[str, Any]) -> Rows:
+    """A row a parameter tensor."""
+    return [
+        [layer["name"], str(layer["num_parameters"]),
+         with_error(layer["trace"], layer["stderr"]),
+         number(layer["trace"] / layer["num_parameters"], 3)]
+        for layer in record["per_layer"]
+    ]  # fmt: skip
+
+
+COMPARISON_HEAD = (
+    "regularizers", "seeds", "test accuracy", "test loss", "train loss", "trace",
+    "test loss - none",
+)  # fmt: skip
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> Rows:
+    """A row a regularizer: mean ± standard deviation over the seeds."""
+    rows = []
+    for row in comparison["rows"]:
+        seeds = str(row["num_seeds"])
+        if row["num_diverged"]:
+            seeds += f" ({row['num_diverged']} diverged)"
+        difference = row["difference_to_none"]
+        rows.append([
+            row["regularizer"], seeds,
+            *(_spread(row[name]) for name in ("test_accuracy", "test_loss", "train_loss", "trace")),
+            "-" if difference is None else _difference(difference["test_loss"]),
+        ])  # fmt: skip
+    return rows
+
+
+def _spread(measure: Mapping[str, Any]) -> str:
+    if measure["mean"] is None:
+        return "-"
+    if measure["std"] is None:
+        return number(measure["mean"])
+    return f"{number(measure['mean'])} ± {number(measure['std'], 2)}"
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+    if difference["mean"] is None:
+        return "-"
+    text = f"{difference['mean']:+.4f}"
+    p = difference["p_value"]
+    return text if p is None else f"{text} (p = {p:.2g})"

@@ -1,0 +1,123 @@
+"""Run folders: what a training run leaves behind, and goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hesstrace_cli.checkpoints import read_checkpoint, write_atomically
+from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name, to_yaml
+from hesstrace_cli.errors import ConfigError
+
+# May differ between the first part of a run and a resumed one: they say where, not what.
+_PLACE = ("out", "resume", "device", "num_workers", "data_dir", "download")
+
+
+def default_folder(config: TrainConfig, root: str = "runs") -> Path:
+    """The folder `<root>/<data>-<model>-<regularizers>-seed<seed>`."""
+    name = row_name(parse_row(config.reg, config.lambda_)).replace("=", "").replace(",", "+")
+    parts = [_short(config.dataset), _short(config.model), name, f"seed{config.seed}"]
+    return Path(root) / "-".join(parts)
+
+
+def _short(spec: str) -> str:
+    return re.sub(r"[^\w.]+", "-", Path(spec).name if "/" in spec else spec).strip("-")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation accuracy."""
+        return self.path / "best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of JSON an epoch."""
+        return self.path / "metrics.jsonl"
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None of an unfinished one."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def open(self, config: TrainConfig) -> dict[str, Any] | None:
+        """Make the folder, or find the checkpoint to go on from.
+
+        Returns:
+            The last checkpoint with `--resume`, None at the start of a run.
+
+        Raises:
+            ConfigError: If the folder is in use, cannot be written, or holds a run with
+                other settings.
+        """
+        settings = self.path / "config.yaml"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            occupied = any(self.path.iterdir())
+        except OSError as problem:
+            raise ConfigError(
+                f"--out {str(self.path)!r} cannot be used: {problem.strerror}"
+            ) from problem
+        if occupied and not config.resume:
+            raise ConfigError(
+                f"--out {str(self.path)!r} is not empty; give --resume to go on with its run, or "
+                "another folder"
+            )
+        if config.resume and settings.is_file():
+            self._check_same(config, str(settings))
+            return read_checkpoint(self.last) if self.last.is_file() else None
+        if occupied:
+            raise ConfigError(f"--out {str(self.path)!r} is not empty and holds no run to resume")
+        write_atomically(settings, to_yaml(dataclasses.replace(config, resume=False)))
+        return None
+
+    def _check_same(self, config: TrainConfig, settings: str) -> None:
+        before = resolve(TrainConfig, {}, settings)
+        changed = [
+            f"{key_of(item.name)} was {getattr(before, item.name)}, is {getattr(config, item.name)}"
+            for item in dataclasses.fields(TrainConfig)
+            if item.name not in _PLACE and getattr(before, item.name) != getattr(config, item.name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"--resume with changed settings: {'; '.join(changed)}. Repeat the run's own "
+                f"with --config {settings}"
+            )
+
+    def truncate_metrics(self, epochs: int) -> None:
+        """Drop the lines after the first `epochs`: written, but not in the checkpoint."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n")][:epochs]
+            write_atomically(self.metrics, "".join(kept))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add the line of one epoch."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as problem:
+            raise ConfigError(
+                f"{str(self.metrics)!r} cannot be written: {problem.strerror}"
+            ) from problem
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, the sign that the run is finished."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,368 @@
+"""Training with regularizers: one step, one epoch, one run; resumed to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
+from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
+from hesstrace_cli.curvature.differentiable import differentiable_ops
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.data.augment import crop_flip
+from hesstrace_cli.errors import NumericsError, Stopped
+from hesstrace_cli.estimation import check_fit, evaluate, select_device, trace_record, versions
+from hesstrace_cli.models import build_model
+from hesstrace_cli.regularizers import Regularizer, Step, build, choose_curvature
+from hesstrace_cli.regularizers.trace import CurvatureChoice
+from hesstrace_cli.runs import RunFolder, default_folder
+
+SCHEMA = "hesstrace/run/1"
+_SUMMARY_EXAMPLES = 2000  # of the trace in the summary; more make no difference to a comparison
+
+# One stream of randomness each, so that one more draw in one does not move the others.
+_STREAMS = ("weights", "order", "augmentation", "regularizers", "model")
+
+
+def derived_seed(seed: int, stream: str, index: int = 0) -> int:
+    """A seed of its own for each stream of a run, and each epoch or step in it."""
+    number = _STREAMS.index(stream)
+    # SplitMix64: near seeds give unrelated streams.
+    z = (seed * len(_STREAMS) + number) * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03
+    z &= (1 << 64) - 1
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+    return (z ^ (z >> 31)) >> 1
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """The learning rate after a share of the run, by `--schedule`."""
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return config.lr * 0.2 ** sum(progress >= at for at in (0.3, 0.6, 0.8))
+    return config.lr
+
+
+@dataclasses.dataclass
+class Sums:
+    """What an epoch adds up, on the device, without waiting for it."""
+
+    loss: Tensor
+    correct: Tensor
+    examples: int
+    penalty: Tensor
+    penalty_steps: int
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Sums:
+        """An empty sum."""
+        zeros = [torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)]
+        return cls(zeros[0], zeros[1], 0, zeros[2], 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        epoch: From 1.
+        step: Steps done in this epoch.
+        steps: Steps in an epoch.
+        record: The epoch's metrics, after its last step only.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    record: dict[str, Any] | None = None
+
+
+class Run:
+    """A training run in its folder: made, or resumed, by `Run(config)`; stepped by `advance`.
+
+    Args:
+        config: The whole resolved config.
+
+    Raises:
+        HesstraceError: If the folder, data, model or checkpoint cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = RunFolder(Path(config.out) if config.out else default_folder(config))
+        self.config = dataclasses.replace(config, out=str(self.folder.path))
+        self.device = select_device(config.device)
+        self.data: DataSet = load_data(config, self.device)
+        self.model = self._build_model()
+        checkpoint = self.folder.open(self.config)
+        self.optimizer = self._build_optimizer()
+        self.steps_per_epoch = math.ceil(len(self.data.train) / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.row = parse_row(config.reg, config.lambda_)
+        self.curvature = self._choose_curvature()
+        self.regularizers: list[Regularizer] = build(self.row, config, self.curvature.curvature)
+        self.order = max([1, *(r.order for r in self.regularizers)])
+        self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
+        self.sums = Sums.zero(self.device)
+        self.model_random_state: Tensor | None = None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.folder.truncate_metrics(self.step // self.steps_per_epoch)
+
+    def _build_model(self) -> nn.Module:
+        config = self.config
+        model = build_model(
+            config.model,
+            num_classes=self.data.num_classes,
+            in_shape=self.data.in_shape,
+            model_args=config.model_arg,
+            seed=derived_seed(config.seed, "weights"),
+        )
+        if config.init is not None:
+            load_weights(model, read_checkpoint(config.init)["state_dict"], config.init)
+        model = model.to(self.device).train()
+        check_fit(model, self.data, config.model)
+        return model
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config, params = self.config, trainable(self.model).values()
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+
+    def _choose_curvature(self) -> CurvatureChoice:
+        X, _ = next(self.data.train.batches(2))
+        return choose_curvature(self.config.curvature, self._objective(), X)
+
+    def _objective(self) -> Objective:
+        return Objective(self.model, trainable(self.model))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done and the summary written."""
+        return self.step >= self.total_steps and self.folder.summary() is not None
+
+    def advance(self, should_stop: Callable[[], int | None] = lambda: None) -> Iterator[Progress]:
+        """Train to the end, a step at a time.
+
+        Args:
+            should_stop: Asked after every step; a signal number saves the state and stops.
+
+        Raises:
+            NumericsError: If a loss or gradient is not finite; the weights have not moved.
+            Stopped: After saving, if `should_stop` said so.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            with torch.random.fork_rng(devices=devices):
+                yield from self._epoch(epoch, first, should_stop)
+
+    def _epoch(
+        self, epoch: int, first: int, should_stop: Callable[[], int | None]
+    ) -> Iterator[Progress]:
+        # The global state serves the model's own Dropout alone.
+        torch.manual_seed(derived_seed(self.config.seed, "model", epoch))
+        if self.model_random_state is not None:
+            _set_random_state(self.model_random_state, self.device)
+            self.model_random_state = None
+        generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        batches = self.data.train.batches(
+            self.config.batch_size, order[first * self.config.batch_size :]
+        )
+        self.model.train()
+        begin = time.monotonic()
+        for index, (X, y) in enumerate(batches, start=first + 1):
+            self._train_step(X, y)
+            self.step += 1
+            self.seconds += time.monotonic() - begin
+            if index == self.steps_per_epoch:
+                yield Progress(epoch + 1, index, index, self._end_epoch(epoch + 1))
+            else:
+                yield Progress(epoch + 1, index, self.steps_per_epoch)
+            begin = time.monotonic()
+            number = should_stop()
+            if number is not None:
+                self._save(self.folder.last)
+                raise Stopped(
+                    f"stopped by signal {number} in epoch {epoch + 1}; "
+                    f"saved, go on with --resume --out {self.folder.path}",
+                    number,
+                )
+
+    def _train_step(self, X: Tensor, y: Tensor) -> None:
+        config, progress = self.config, self.step / self.total_steps
+        generator = self._generator("regularizers", X.device)
+        if config.augment == "crop-flip":
+            X = crop_flip(X, generator=self._generator("augmentation", X.device))
+        targets = y
+        for regularizer in self.regularizers:
+            X, targets = regularizer.transform(X, targets, generator)
+        if self.order > 1:
+            with differentiable_ops(order=self.order):
+                logits = self.model(X)
+        else:
+            logits = self.model(X)
+        loss = F.cross_entropy(logits, targets)
+        total = loss
+        step = Step(self._objective(), X, targets, logits, self.step, progress, generator)
+        for regularizer in self.regularizers:
+            term = regularizer.term(step)
+            if term is not None:
+                total = total + term.weight * term.value
+                if regularizer.name == "trace":
+                    self.sums.penalty += term.value.detach()
+                    self.sums.penalty_steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, progress)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        self._check_finite(total)
+        self.optimizer.step()
+        self.sums.loss += loss.detach() * len(y)
+        self.sums.correct += (logits.detach().argmax(1) == y).sum()
+        self.sums.examples += len(y)
+
+    def _generator(self, stream: str, device: torch.device) -> Generator:
+        return Generator(device).manual_seed(derived_seed(self.config.seed, stream, self.step))
+
+    def _check_finite(self, total: Tensor) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        size = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(total.detach() + size):
+            raise NumericsError(
+                f"the loss is {total.item():g} and its gradient's norm {size.item():g} in step "
+                f"{self.step + 1} of {self.total_steps}; stopped before the weights moved. A lower "
+                "--lr or strength, or a longer --warmup, may help"
+            )
+
+    def _end_epoch(self, epoch: int) -> dict[str, Any]:
+        sums = self.sums
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": sums.loss.item() / sums.examples,
+            "train_accuracy": sums.correct.item() / sums.examples,
+            "penalty_trace": sums.penalty.item() / sums.penalty_steps
+            if sums.penalty_steps
+            else None,
+        }
+        if self.data.val is not None:
+            loss, accuracy = evaluate(self.model, self.data.val, self.config.batch_size)
+            record |= {"val_loss": loss, "val_accuracy": accuracy}
+        record["seconds"] = self.seconds
+        self.sums = Sums.zero(self.device)
+        self.folder.append_metrics(record)
+        accuracy = record.get("val_accuracy", -1.0)
+        if accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            self._save(self.folder.best)
+        self._save(self.folder.last)
+        return record
+
+    def _save(self, path: Path) -> None:
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items()}
+        write_atomically(
+            path,
+            {
+                "format": FORMAT,
+                "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "epoch": self.step // self.steps_per_epoch,
+                "seconds": self.seconds,
+                "best_accuracy": self.best_accuracy,
+                "sums": dataclasses.asdict(self.sums),
+                "random_state": _random_state(self.device),
+                "config": settings,
+                "preprocess": self.data.preprocess.as_dict(),
+                "num_classes": self.data.num_classes,
+                "in_shape": list(self.data.in_shape),
+                "versions": versions(),
+            },
+        )
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        load_weights(self.model, checkpoint["state_dict"], str(self.folder.last))
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.best_accuracy = checkpoint["best_accuracy"]
+        saved: dict[str, Any] = checkpoint["sums"]
+        moved: dict[str, Any] = {
+            k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
+        }
+        self.sums = Sums(**moved)
+        if self.step % self.steps_per_epoch:
+            self.model_random_state = checkpoint["random_state"]
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the last weights, estimate their trace, and write the summary."""
+        config, batch_size = self.config, max(self.config.batch_size, 256)
+        self.model.eval()
+        train_loss, train_accuracy = evaluate(self.model, self.data.train, batch_size)
+        test_loss, test_accuracy = evaluate(self.model, self.data.test, batch_size)
+        val = self.data.val
+        summary: dict[str, Any] = {
+            "schema": SCHEMA,
+            "regularizers": row_name(self.row),
+            "dataset": config.dataset,
+            "model": config.model,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_accuracy": None if val is None else evaluate(self.model, val, batch_size)[1],
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "trace": self._trace(),
+            "trace_penalty": self._penalty_description(),
+            "seconds": self.seconds,
+            "device": str(self.device),
+            "versions": versions(),
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+    def _trace(self) -> dict[str, Any]:
+        split = self.data.train
+        if len(split) > _SUMMARY_EXAMPLES:
+            split = split.subset(stratified_order(split.labels, 0)[:_SUMMARY_EXAMPLES])
+        config = EstimateConfig(
+            model=self.config.model, dataset=self.config.dataset, seed=self.config.seed,
+            batch_size=min(max(self.config.batch_size, 64), 250), max_passes=50, max_seconds=60,
+        )  # fmt: skip
+        place = {"checkpoint": str(self.folder.last), "model": self.config.model,
+                 "dataset": self.config.dataset}  # fmt: skip
+        return {**trace_record(self.model, split, config), **place}
+
+    def _penalty_description(self) -> dict[str, Any] | None:
+        if "trace" not in self.row:
+            return None
+        names = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
+        settings = {name: getattr(self.config, name) for name in names}
+        return {**dataclasses.asdict(self.curvature), **settings}
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

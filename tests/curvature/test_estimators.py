@@ -1,0 +1,199 @@
+"""Probes, unbiasedness, standard errors and the state left behind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from hesstrace_cli.curvature.ggn import trace_sample
+from hesstrace_cli.curvature.hessian import quadratic_form
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.probes import draw_keep, draw_probe, num_kept, rademacher
+from hesstrace_cli.curvature.statistics import Mean, StratifiedMean, t_quantile
+from hesstrace_cli.curvature.trace import Stop, estimate_trace, ggn_sampler, hessian_sampler
+from tests.curvature import oracles
+from tests.curvature.zoo import make
+
+SCHEMES = [("none", 1.0), ("entry", 1.0), ("entry", 0.3), ("tensor", 0.6), ("tensor", 0.25)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def as_vector(params, parts):
+    return torch.cat([parts.get(n, torch.zeros_like(p)).flatten() for n, p in params.items()])
+
+
+@pytest.mark.parametrize(("scheme", "keep_prob"), SCHEMES)
+def test_probes_have_the_identity_as_covariance(scheme, keep_prob):
+    params = {n: torch.zeros(2, dtype=torch.float64) for n in "abcd"}
+    g, n = generator(1), 20_000
+    draws = [draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=g) for _ in range(n)]
+    V = torch.stack([as_vector(params, v) for v in draws])
+    # The largest entry's fourth moment is 1/q, so its mean has a standard error below this.
+    error = 5 * math.sqrt(1 / (keep_prob * n))
+    torch.testing.assert_close(V.mT @ V / n, torch.eye(8, dtype=torch.float64), rtol=0, atol=error)
+    torch.testing.assert_close(V.mean(0), torch.zeros(8, dtype=torch.float64), rtol=0, atol=error)
+
+
+def test_tensor_scheme_keeps_exactly_k():
+    params = {str(i): torch.zeros(3) for i in range(10)}
+    for q, k in ((0.01, 1), (0.25, 2), (0.3, 3), (1.0, 10)):
+        assert num_kept(10, q) == k
+        assert len(draw_keep(params, scheme="tensor", keep_prob=q, generator=generator())) == k
+
+
+@pytest.mark.parametrize("q", [0.0, -0.1, 1.1])
+def test_keep_prob_out_of_range(q):
+    with pytest.raises(ValueError, match="keep_prob"):
+        draw_keep({"a": torch.zeros(2)}, scheme="entry", keep_prob=q, generator=generator())
+
+
+def problem():
+    model, X, y = make("gelu", train=False)
+    return Objective(model, trainable(model)), X, y
+
+
+def within(samples, truth, errors=4.0):
+    mean, stderr = samples.mean(), samples.std() / math.sqrt(len(samples))
+    assert abs(mean - truth) < errors * stderr + 1e-9, (mean, stderr, truth)
+
+
+@pytest.mark.parametrize(("scheme", "keep_prob"), SCHEMES)
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_estimators_are_unbiased(curvature, scheme, keep_prob):
+    objective, X, y = problem()
+    if curvature == "hessian":
+        truth, sampler = oracles.dense_hessian(objective, X, y), hessian_sampler
+    else:
+        truth, sampler = oracles.dense_ggn(objective, X), ggn_sampler
+    rows = sampler(objective, scheme, keep_prob)(X, y, 2000, generator(5))
+    within(rows.sum(1), truth.trace())
+    sizes = [p.numel() for p in objective.params.values()]
+    blocks = truth.diagonal().split(sizes)
+    for column, block in zip(rows.T, blocks, strict=True):
+        within(column, block.sum(), 4.5)
+
+
+@pytest.mark.parametrize(("scheme", "keep_prob"), SCHEMES)
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_penalties_and_their_gradients_are_unbiased(curvature, scheme, keep_prob):
+    """Mean value against the dense trace; mean gradient against its finite difference."""
+    objective, X, y = problem()
+    params, g = objective.params, generator(7)
+    u = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()}
+    values, slopes = [], []
+    for _ in range(600):
+        if curvature == "hessian":
+            v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=g)
+            value = quadratic_form(lambda p: objective.loss(p, X, y), params, v)
+        else:
+            logits = objective.logits(params, X)
+            keep = draw_keep(params, scheme=scheme, keep_prob=keep_prob, generator=g)
+            parts = trace_sample(logits, params, rademacher(logits, generator=g), keep)
+            value = sum(parts.values())
+        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+        values.append(value.item())
+        slopes.append(sum((a * b).sum() for a, b in zip(grads, u.values(), strict=True)).item())
+
+    def trace_at(flat):
+        with torch.no_grad():
+            for p, part in zip(
+                params.values(), oracles.unflatten(flat, params).values(), strict=True
+            ):
+                p.copy_(part)
+        dense = oracles.dense_hessian(objective, X, y) if curvature == "hessian" else (
+            oracles.dense_ggn(objective, X))  # fmt: skip
+        return dense.trace()
+
+    w = oracles.flatten(params).clone()
+    within(torch.tensor(values), trace_at(w))
+    within(torch.tensor(slopes), oracles.first_difference(trace_at, w, oracles.flatten(u)))
+
+
+def test_variance_of_rademacher_probes():
+    objective, X, y = problem()
+    H = oracles.dense_hessian(objective, X, y)
+    samples = hessian_sampler(objective, "none", 1.0)(X, y, 4000, generator(3)).sum(1)
+    truth = 2 * (H.square().sum() - H.diagonal().square().sum())
+    assert abs(samples.var() / truth - 1) < 0.15
+
+
+def batches_of(X, y, *sizes):
+    return lambda: zip(X.split(list(sizes)), y.split(list(sizes)), strict=True)
+
+
+def run(sampler, batches, seed=0, stop=None, probes=2, names=("a",)):
+    return estimate_trace(
+        sampler, batches, names=names, num_examples=6, num_probes=probes,
+        stop=stop or Stop(None), generator=generator(seed),
+    )  # fmt: skip
+
+
+def test_ragged_batches_weigh_by_their_size():
+    """With the identity's columns for probes there is no chance: 6 and 4 + 2 agree to rounding."""
+    objective, X, y = problem()
+    names = list(objective.params)
+    H = oracles.dense_hessian(objective, X, y)
+    sizes = [p.numel() for p in objective.params.values()]
+
+    def exact(X, y, m, generator):
+        diagonal = oracles.dense_hessian(objective, X, y).diagonal()
+        return torch.stack([part.sum() for part in diagonal.split(sizes)])[None]
+
+    for split in ((6,), (4, 2)):
+        result = run(exact, batches_of(X, y, *split), probes=1, names=names)
+        assert result.total.value == pytest.approx(H.trace().item(), rel=1e-12)
+        assert result.total.stderr is None
+    sampler = hessian_sampler(objective, "none", 1.0)
+    result = run(sampler, batches_of(X, y, 4, 2), probes=1500, names=names)
+    assert abs(result.total.value - H.trace().item()) < 4 * result.total.stderr
+
+
+def test_interval_covers_the_truth():
+    """95 % intervals over 400 seeds, on batches with very different traces."""
+    objective, X, y = problem()
+    X = X * torch.tensor([0.1, 0.1, 1.0, 1.0, 3.0, 3.0], dtype=X.dtype)[:, None]
+    truth = oracles.dense_hessian(objective, X, y).trace().item()
+    sampler = hessian_sampler(objective, "none", 1.0)
+    hits = 0
+    for seed in range(400):
+        names = list(objective.params)
+        result = run(sampler, batches_of(X, y, 2, 2, 2), seed=seed, probes=6, names=names)
+        low, high = result.total.interval()
+        hits += low <= truth <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_stratified_mean_is_the_formula():
+    g = generator(2)
+    a, b = torch.randn(5, 1, generator=g).double(), 3 + torch.randn(4, 1, generator=g).double()
+    running = StratifiedMean()
+    running.add(0, 0.25, a)
+    running.add(1, 0.75, b[:2])
+    running.add(1, 0.75, b[2:])
+    (mean,) = running.means()
+    parts = [(0.25**2 * a.var() / 5).item(), (0.75**2 * b.var() / 4).item()]
+    assert mean.value == pytest.approx((0.25 * a.mean() + 0.75 * b.mean()).item())
+    assert mean.stderr == pytest.approx(math.sqrt(sum(parts)))
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 3)
+    assert mean.degrees == pytest.approx(degrees)
+
+
+def test_intervals():
+    assert t_quantile(0.975, 7) == pytest.approx(stats.t.ppf(0.975, 7))
+    assert Mean(2.0, 0.0).interval() == (2.0, 2.0)
+    assert Mean(2.0, None).interval() is None
+
+
+def test_stop_waits_for_enough_degrees_of_freedom():
+    stop = Stop(0.1)
+    assert not stop.reached(Mean(1.0, 1e-9, degrees=3), 1, 0.0)
+    assert stop.reached(Mean(1.0, 1e-9, degrees=30), 1, 0.0)
+    assert not stop.reached(Mean(1.0, 0.2, degrees=30), 1, 0.0)
+    assert stop.reached(Mean(1.0, 0.2, degrees=30), 100, 0.0)
+    assert Stop(0.1, max_seconds=1).reached(Mean(1.0, None), 1, 2.0)

@@ -1,0 +1,294 @@
+"""The command line, in process and as a real program: output, exit codes, one line an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hesstrace_cli.cli import app
+
+TINY = ["--epochs", "1", "--train-examples", "100", "--model-arg", "width=4"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = invoke("train", *TINY, "--reg", "trace", "--lambda", "0.01", "--out", out)
+    assert result.exit_code == 0, result.output
+    return out / "last.pt"
+
+
+def assert_one_line_error(result, code, *words):
+    assert result.exit_code == code, result.output + repr(result.exception)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def arrays(path, **changes):
+    g = np.random.default_rng(0)
+    content = {
+        "x_train": g.normal(size=(40, 1, 6, 6)).astype(np.float32),
+        "y_train": np.arange(40) % 3,
+        "x_test": g.normal(size=(20, 1, 6, 6)).astype(np.float32),
+        "y_test": np.arange(20) % 3,
+    }
+    np.savez(path, **{**content, **changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--lambda", "-1", "--reg", "trace"], ["lambda", "-1"]),
+        (["train", "--reg", "trace=-1"], ["trace", "-1"]),
+        (["train", "--reg", "trac"], ["did you mean 'trace'"]),
+        (["train", "--keep-prob", "0"], ["keep-prob", "more than 0"]),
+        (["train", "--epochs", "two"], ["epochs", "whole number"]),
+        (["train", "--lambda", "0.1"], ["--reg trace"]),
+        (["train", "--no-such-flag"], ["no-such-flag"]),
+        (["trian"], ["train"]),
+        (["train", "--config", "missing.yaml"], ["missing.yaml"]),
+        (["train", "--device", "tpu"], ["tpu"]),
+        (["train", "--dataset", "nothing"], ["nothing"]),
+        (["compare", "--reg", "none", "--reg", "none"], ["same"]),
+        (["compare", "missing"], ["missing"]),
+    ],
+)
+def test_wrong_usage(arguments, words):
+    assert_one_line_error(invoke(*arguments), 2, *words)
+
+
+def test_cuda_where_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    assert_one_line_error(invoke("train", "--device", "cuda"), 2, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning-rate: 1", ["learning-rate", "unknown key"]),
+        ("epoch: 1", ["'epochs'"]),
+        ("lr: fast", ["lr", "a number"]),
+        ("reg: [", ["YAML"]),
+        ("- 1", ["list"]),
+    ],
+)
+def test_wrong_config(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_line_error(invoke("train", "--config", tmp_path / "c.yaml"), 2, *words)
+
+
+def test_flags_win_over_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nlr: 1e-2\ntrain_examples: 100\n")
+    out = tmp_path / "run"
+    result = invoke("train", "--config", tmp_path / "c.yaml", "--epochs", "1", "--out", out)
+    assert result.exit_code == 0, result.output
+    config = (out / "config.yaml").read_text()
+    assert "epochs: 1\n" in config
+    assert "lr: 0.01\n" in config
+    assert "momentum: 0.9\n" in config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x_train": np.zeros((0, 1, 6, 6)), "y_train": np.zeros(0, int)}, ["no examples"]),
+        ({"x_train": np.full((40, 1, 6, 6), np.nan, np.float32)}, ["NaN"]),
+        ({"y_train": np.full(40, -1)}, ["-1"]),
+        ({"y_train": np.zeros(39, int)}, ["(39,)"]),
+        ({"x_train": np.array(["a"])}, ["expected uint8"]),
+    ],
+)  # fmt: skip
+def test_wrong_data(tmp_path, changes, words):
+    path = arrays(tmp_path / "d.npz", **changes)
+    assert_one_line_error(invoke("train", "--dataset", path), 3, *words)
+
+
+def test_labels_beyond_num_classes(tmp_path):
+    path = arrays(tmp_path / "d.npz")
+    result = invoke("train", "--dataset", path, "--num-classes", "2")
+    assert_one_line_error(result, 3, "0 to 2", "expected 0 to 1")
+
+
+def test_missing_data(tmp_path):
+    assert_one_line_error(invoke("train", "--dataset", "no.npz"), 3, "no.npz")
+    assert_one_line_error(invoke("train", "--dataset", f"imagefolder:{tmp_path}"), 3, "train/")
+    result = invoke("train", "--dataset", "mnist", "--data-dir", tmp_path)
+    assert_one_line_error(result, 3, "--download")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
+    assert_one_line_error(invoke("train", "--dataset", tmp_path / "cut.npz"), 3, "cut.npz")
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("train", *TINY, "--out", tmp_path / "file" / "run")
+    assert_one_line_error(result, 2, "file")
+
+
+def test_wrong_checkpoints(tmp_path, checkpoint):
+    whole = checkpoint.read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"state_dict": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    for name in ("half.pt", "text.pt", "pickled.pt", "missing.pt"):
+        assert_one_line_error(invoke("estimate-trace", tmp_path / name), 4, name)
+    other = invoke("estimate-trace", checkpoint, "--model", "mlp")
+    assert_one_line_error(other, 4, "missing", "layers.1.weight", "unexpected")
+    assert_one_line_error(invoke("train", "--model", "no-such"), 4, "no-such")
+    assert_one_line_error(invoke("train", "--model", "no.py:f"), 4, "no.py")
+
+
+def test_a_diverging_run_exits_with_5(tmp_path):
+    result = invoke("train", *TINY, "--lr", "1e30", "--out", tmp_path / "run")
+    assert result.exit_code == 5
+    assert "before the weights moved" in result.stderr
+
+
+def test_estimate_trace_json(checkpoint):
+    arguments = ("estimate-trace", checkpoint, "--json", "-", "--num-probes", "2", "--per-layer")
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    expected = {
+        "schema", "trace", "stderr", "ci95", "curvature", "method", "num_probes", "num_examples",
+        "num_parameters", "loss", "accuracy", "per_layer", "checkpoint", "model", "dataset",
+        "split", "dtype", "device", "seed", "seconds", "versions",
+    }  # fmt: skip
+    assert expected <= set(record)
+    assert record["ci95"][0] < record["trace"] < record["ci95"][1]
+    assert sum(x["trace"] for x in record["per_layer"]) == pytest.approx(record["trace"], rel=1e-5)
+    again = json.loads(invoke(*arguments).stdout)
+    assert again["trace"] == record["trace"]
+
+
+def test_estimate_trace_single_probe_has_no_error_bar(checkpoint):
+    arguments = ("--json", "-", "--num-probes", "1", "--max-passes", "1")
+    record = json.loads(invoke("estimate-trace", checkpoint, *arguments).stdout)
+    assert record["stderr"] is None
+    assert record["ci95"] is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "dropout"],
+        ["--method", "dropout", "--dropout-scheme", "entry", "--keep-prob", "0.5"],
+        ["--curvature", "ggn"],
+        ["--dtype", "float64"],
+    ],
+)
+def test_estimate_trace_methods_agree(checkpoint, flags):
+    base = json.loads(invoke("estimate-trace", checkpoint, "--json", "-", "--rtol", "0.1").stdout)
+    other = json.loads(
+        invoke("estimate-trace", checkpoint, "--json", "-", "--rtol", "0.2", *flags).stdout
+    )
+    # A ReLU network in eval mode: tr(H) = tr(G).
+    error = (base["stderr"] ** 2 + other["stderr"] ** 2) ** 0.5
+    assert abs(base["trace"] - other["trace"]) < 4 * error
+
+
+def test_several_checkpoints(checkpoint):
+    paths = (checkpoint, checkpoint.with_name("best.pt"))
+    result = invoke("estimate-trace", *paths, "--json", "-", "--num-probes", "2")
+    assert json.loads(result.stdout)["schema"] == "hesstrace/traces/1"
+
+
+def test_plugins(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import TensorDataset\n"
+        "def model(num_classes, hidden=4):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, hidden),\n"
+        "        torch.nn.Tanh(), torch.nn.Linear(hidden, num_classes))\n"
+        "def data():\n"
+        "    X, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3\n"
+        "    return TensorDataset(X, y), TensorDataset(X, y)\n"
+    )
+    plugin = tmp_path / "mine.py"
+    out = tmp_path / "run"
+    result = invoke(
+        "train", "--model", f"{plugin}:model", "--model-arg", "hidden=5", "--dataset",
+        f"{plugin}:data", "--epochs", "1", "--reg", "trace", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert_one_line_error(invoke("estimate-trace", out / "last.pt"), 4, "repeat it: --model")
+    again = invoke("estimate-trace", out / "last.pt", "--model", f"{plugin}:model")
+    assert again.exit_code == 0, again.output
+
+
+def test_compare_and_collect(tmp_path):
+    out = tmp_path / "c"
+    arguments = ("compare", *TINY, "--reg", "none", "--reg", "trace=0.01", "--seeds", "0,1")
+    result = invoke(*arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    comparison = json.loads((out / "results.json").read_text())
+    assert comparison["schema"] == "hesstrace/comparison/1"
+    none, trace = comparison["rows"]
+    assert (none["regularizer"], trace["regularizer"]) == ("none", "trace=0.01")
+    assert trace["num_seeds"] == 2
+    assert trace["difference_to_none"]["test_loss"]["mean"] == pytest.approx(
+        trace["test_loss"]["mean"] - none["test_loss"]["mean"]
+    )
+    assert (out / "results.csv").is_file()
+    assert "| none |" in (out / "results.md").read_text()
+    before = time.monotonic()
+    assert invoke(*arguments, "--out", out).exit_code == 0  # nothing is trained again
+    assert invoke("compare", out).exit_code == 0
+    assert json.loads((out / "results.json").read_text())["rows"] == comparison["rows"]
+    assert time.monotonic() - before < 60
+
+
+def test_a_run_that_diverges_leaves_the_others(tmp_path):
+    result = invoke(
+        "compare", *TINY, "--reg", "none", "--reg", "trace=1e30", "--warmup", "0", "--seeds", "0",
+        "--out", tmp_path / "c",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "c" / "results.json").read_text())["rows"]
+    assert [row["num_diverged"] for row in rows] == [0, 1]
+
+
+def test_the_real_program(tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "hesstrace_cli", *arguments],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+
+    assert run("--version").stdout.startswith("hesstrace ")
+    trained = run("train", *TINY, "--out", "r")
+    assert trained.returncode == 0, trained.stderr
+    assert "\x1b" not in trained.stdout + trained.stderr
+    record = run("estimate-trace", "r/last.pt", "--json", "-", "--num-probes", "2")
+    assert json.loads(record.stdout)["schema"] == "hesstrace/trace/1"
+    resumed = run("train", "--resume", "--out", "r")
+    assert resumed.returncode == 0
+    assert "finished" in resumed.stderr
+    wrong = run("train", "--keep-prob", "0")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\nfrom hesstrace_cli.cli import app\n"
+        "try:\n    app(['train', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\nassert 'scipy' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

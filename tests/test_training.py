@@ -1,0 +1,138 @@
+"""Training: to the bit where it must be, and stopped where it should."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hesstrace_cli.checkpoints import read_checkpoint
+from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
+from tests.conftest import make_run, train_to_end
+
+PENALTIES = [
+    {"reg": "trace=0.01"},
+    {"reg": "trace=0.01", "dropout_scheme": "entry"},
+    {"reg": "trace=0.01", "estimator": "hutchinson", "num_probes": 2},
+    {"reg": "trace=0.001", "curvature": "hessian", "model_arg": {"width": 4, "norm": "none"}},
+]
+
+
+def weights(run):
+    return {k: v.clone() for k, v in run.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("settings", PENALTIES)
+def test_same_seed_same_weights_and_strength_matters(settings, tmp_path):
+    first, second = (train_to_end(tmp_path / n, **settings) for n in "ab")
+    assert same(weights(first), weights(second))
+    plain = train_to_end(tmp_path / "c", **{**settings, "reg": "none"})
+    assert not same(weights(first), weights(plain))
+
+
+def test_strength_zero_is_no_penalty_to_the_bit(tmp_path):
+    zero = train_to_end(tmp_path / "a", reg="trace=0")
+    none = train_to_end(tmp_path / "b", reg="none")
+    assert same(weights(zero), weights(none))
+
+
+@pytest.mark.parametrize("settings", [*PENALTIES, {"reg": "none", "optimizer": "adamw"}])
+def test_resume_equals_an_uninterrupted_run(settings, tmp_path):
+    whole = train_to_end(tmp_path / "whole", **settings)
+    out = tmp_path / "parts"
+    for at in (2, 5):  # in the middle of the first and of the second epoch
+        run = make_run(out, resume=at > 2, **settings)
+        with pytest.raises(Stopped) as stopped:
+            for _ in run.advance(lambda run=run, at=at: 15 if run.step >= at else None):
+                pass
+        assert stopped.value.exit_code == 143
+    resumed = make_run(out, resume=True, **settings)
+    assert resumed.step == 5
+    for _ in resumed.advance():
+        pass
+    assert same(weights(whole), weights(resumed))
+    lines = [
+        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (tmp_path / "whole", out)
+    ]
+    for a, b in zip(*lines, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_resume_with_changed_settings_is_refused(tmp_path):
+    train_to_end(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"lr was 0\.05, is 0\.1"):
+        make_run(tmp_path / "a", resume=True, lr=0.1)
+    with pytest.raises(ConfigError, match="not empty"):
+        make_run(tmp_path / "a")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path):
+    run = make_run(tmp_path / "a")
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("inf"))
+    before = weights(run)
+    with pytest.raises(NumericsError, match="before the weights moved"):
+        next(run.advance())
+    after = weights(run)
+    for name, _ in run.model.named_parameters():
+        assert torch.equal(before[name], after[name])
+
+
+def test_batch_statistics_are_updated_once_a_step(tmp_path):
+    run = train_to_end(tmp_path / "a", reg="trace=0.001", curvature="hessian", warmup=0)
+    counts = [b for n, b in run.model.named_buffers() if "num_batches" in n]
+    assert counts
+    assert all(int(c) == run.total_steps for c in counts)
+
+
+def test_auto_says_what_it_chose(tmp_path):
+    run = make_run(tmp_path / "a", reg="trace=0.01")
+    assert run.curvature.curvature == "ggn"
+    assert "batch statistics" in run.curvature.reason
+    asked = make_run(tmp_path / "b", reg="trace=0.01", curvature="hessian")
+    assert asked.curvature.curvature == "hessian"
+
+
+def test_every_and_warmup(tmp_path):
+    run = make_run(tmp_path / "a", reg="trace=0.1", every=2, warmup=0.5, batch_size=16)
+    (penalty,) = run.regularizers
+    assert penalty.weight(0.0) == 0
+    assert penalty.weight(0.25) == pytest.approx(0.05)
+    assert penalty.weight(0.75) == pytest.approx(0.1)
+    for _ in run.advance():
+        if run.step == 3:
+            break
+    assert run.sums.penalty_steps == 1  # of the steps 0, 1, 2: 0 has no strength, 1 is skipped
+
+
+def test_run_folder(tmp_path):
+    run = train_to_end(tmp_path / "a", reg="trace=0.01")
+    summary = run.finish()
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"}
+    assert json.loads((tmp_path / "a" / "summary.json").read_text()) == summary
+    assert summary["schema"] == "hesstrace/run/1"
+    assert summary["trace"]["schema"] == "hesstrace/trace/1"
+    checkpoint = read_checkpoint(tmp_path / "a" / "last.pt")
+    assert same(checkpoint["state_dict"], weights(run))
+    assert len(run.data.val) == 20
+    assert run.finished
+
+
+def test_penalty_lowers_the_trace_on_fashion_mnist(tmp_path, fashion_mnist):
+    settings = {
+        "dataset": "fashion-mnist", "data_dir": fashion_mnist, "train_examples": 500,
+        "epochs": 8, "image_size": 14, "model_arg": {"width": 8},
+    }  # fmt: skip
+    runs = [
+        train_to_end(tmp_path / name, reg=reg, **settings)
+        for name, reg in (("a", "none"), ("b", "trace=0.01"))
+    ]
+    plain, penalised = (run.finish()["trace"]["trace"] for run in runs)
+    assert penalised < plain / 2
