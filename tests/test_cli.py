@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hesstrace_cli.checkpoints import read_checkpoint
 from hesstrace_cli.cli import app
 
 TINY = ["--epochs", "1", "--train-examples", "100", "--model-arg", "width=4"]
@@ -292,3 +294,16 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_sigterm_saves_and_exits_with_143(tmp_path):
+    command = [sys.executable, "-m", "hesstrace_cli", "train", "--epochs", "500", "--out", "r"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "epoch 1/500" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "--resume" in rest.splitlines()[-1]
+    saved = read_checkpoint(tmp_path / "r" / "last.pt")
+    assert saved["step"] >= 17

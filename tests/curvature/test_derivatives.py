@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hesstrace_cli.curvature import differentiable
 from hesstrace_cli.curvature.ggn import ggn_vp, softmax_root, trace_sample
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp, quadratic_form
@@ -150,17 +149,6 @@ def test_linear_softmax_has_its_closed_form():
         v = oracles.unflatten(column, objective.params)
         total += quadratic_form(lambda p: objective.loss(p, X, y), objective.params, v)
     torch.testing.assert_close(total.detach(), closed.detach())
-
-
-def test_native_operations_would_fail_here(monkeypatch):
-    """The reason for `differentiable_ops`: without it this derivative is wrong."""
-    objective, X, y, w, native = setup("layer_norm", train=True)
-    monkeypatch.setattr(differentiable, "_ANY_ORDER", {})
-    v = direction(objective.params, 1)
-    value = quadratic_form(lambda p: objective.loss(p, X, y), objective.params, v)
-    truth = oracles.second_difference(native, w, oracles.flatten(v))
-    if abs(value.item() - truth.item()) < 1e-3 * abs(truth.item()):
-        pytest.skip("this version of PyTorch has mended nested forward mode of layer_norm")
 
 
 def test_penalty_leaves_batch_statistics_alone():
