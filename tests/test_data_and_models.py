@@ -1,0 +1,57 @@
+"""Splits, augmentation and the built-in models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.data import load_data, stratified_order
+from hesstrace_cli.data.augment import crop_flip
+from hesstrace_cli.models import BUILT_IN, build_model
+
+CPU = torch.device("cpu")
+
+
+def test_the_first_examples_of_a_stratified_order_have_the_classes_shares():
+    labels = torch.cat([torch.full((300,), 0), torch.full((100,), 1)])
+    order = stratified_order(labels, seed=3)
+    assert sorted(order.tolist()) == list(range(400))
+    for size in (40, 100, 200):
+        assert abs((labels[order[:size]] == 1).sum() - size / 4) <= 1
+    assert torch.equal(order, stratified_order(labels, seed=3))
+    assert not torch.equal(order, stratified_order(labels, seed=4))
+
+
+def test_validation_examples_are_not_trained_on():
+    data = load_data(TrainConfig(val_fraction=0.2), CPU)
+    assert len(data.train) + len(data.val) == 1198
+    assert len(data.test) == 599
+    train = {tuple(x.tolist()) for x in data.train.inputs.flatten(1)}
+    val = [tuple(x.tolist()) for x in data.val.inputs.flatten(1)]
+    assert not train & set(val)
+    assert load_data(TrainConfig(val_fraction=0), CPU).val is None
+    same = load_data(TrainConfig(val_fraction=0.2, seed=5), CPU)
+    assert torch.equal(same.train.labels, data.train.labels)
+
+
+def test_crop_flip_shifts_and_mirrors():
+    X = torch.arange(64.0).reshape(1, 1, 8, 8).expand(200, 1, 8, 8) + 1
+    out = crop_flip(X, generator=torch.Generator().manual_seed(0), padding=1)
+    assert out.shape == X.shape
+    views = torch.nn.functional.pad(X[:1], [1] * 4).unfold(2, 8, 1).unfold(3, 8, 1)
+    views = views.reshape(9, 8, 8)
+    candidates = torch.cat([views, views.flip(2)])
+    matches = (out.reshape(200, 1, 64) == candidates.reshape(1, 18, 64)).all(2)
+    assert matches.any(1).all()
+    assert matches.any(0).all()  # each of the 9 places, mirrored or not, comes up
+
+
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if n != "wrn-28-10"])
+def test_built_in_models(name):
+    model = build_model(name, num_classes=7, in_shape=(3, 32, 32), model_args={}, seed=1)
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    again = build_model(name, num_classes=7, in_shape=(3, 32, 32), model_args={}, seed=1)
+    first, second = next(model.parameters()), next(again.parameters())
+    assert torch.equal(first, second)
