@@ -12,14 +12,16 @@ Rows = Sequence[Sequence[str]]
 
 def number(value: float | None, digits: int = 4) -> str:
     """A number to so many significant digits; a dash for none."""
-    return "-" if value is None else f"{value:#.{digits}g}".rstrip(".")
+    if not value:
+        return "-" if value is None else "0"
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def with_error(value: float, error: float | None) -> str:
     """A value and its standard error, the error to two digits."""
     if error is None:
         return f"{number(value)} (error unknown)"
-    return f"{number(value)} ± {number(error, 2)}"
+    return f"{number(value)} ± {number(error, 2)}" if error else f"{number(value)} (exact)"
 
 
 def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:

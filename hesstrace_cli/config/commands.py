@@ -1,0 +1,230 @@
+"""The settings of every command: one dataclass each, the same names in flags and in YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hesstrace_cli.config.fields import check_range, inherited, option
+from hesstrace_cli.config.rows import (
+    REGULARIZERS,
+    UNUSED_LAMBDA,
+    parse_row,
+    parse_terms,
+    row_name,
+    takes_lambda,
+)
+from hesstrace_cli.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Model, data and device: the settings that every command has."""
+
+    model: str | None = option(
+        None,
+        "small-cnn, mlp, resnet18, resnet50, wrn-16-4, wrn-28-10, torchvision:NAME, "
+        "FILE.py:factory or package.module:factory",
+        panel="Model and data",
+    )
+    model_arg: dict[str, Any] = option(
+        {}, "key=value for the model's factory; may be repeated", panel="Model and data",
+        metavar="KEY=VALUE",
+    )  # fmt: skip
+    num_classes: int | None = option(
+        None, "number of classes, where the data may lack some", panel="Model and data", minimum=1
+    )
+    dataset: str | None = option(
+        None,
+        "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagefolder:DIR, FILE.npz "
+        "or FILE.py:factory",
+        panel="Model and data",
+    )
+    data_dir: str | None = option(
+        None, "folder with torchvision's data files (default: data)", panel="Model and data"
+    )
+    download: bool = option(False, "allow torchvision to fetch the data", panel="Model and data")
+    mean: list[float] | None = option(
+        None, "means to subtract, one or one a channel (0.5,0.5,0.5)", panel="Model and data"
+    )
+    std: list[float] | None = option(
+        None, "standard deviations to divide by", panel="Model and data", above=0
+    )
+    image_size: int | None = option(
+        None, "resize the shorter side to this and crop the centre", panel="Model and data",
+        minimum=1,
+    )  # fmt: skip
+    train_examples: int | None = option(
+        None, "train on a fixed stratified subset of N examples", panel="Model and data", minimum=1
+    )
+    val_fraction: float | None = option(
+        None,
+        "share of the training data held out for validation (default: 0.1)",
+        panel="Model and data",
+        minimum=0,
+        maximum=0.9,
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", panel="Machine")
+    seed: int = option(0, "seed of all randomness", panel="Machine", minimum=0, maximum=2**31)
+    batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1)
+    num_workers: int = option(0, "processes that load image files", panel="Machine", minimum=0)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            check_range(item, getattr(self, item.name))
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("--mean and --std go together; one of them is missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """Settings of `hesstrace train`, complete enough to repeat the run."""
+
+    model: str = inherited(DataConfig, "model", "small-cnn")
+    dataset: str = inherited(DataConfig, "dataset", "digits")
+    data_dir: str = inherited(DataConfig, "data_dir", "data")
+    val_fraction: float = inherited(DataConfig, "val_fraction", 0.1)
+    epochs: int = option(30, "passes over the training data", panel="Training", minimum=1)
+    lr: float = option(0.05, "learning rate", panel="Training", above=0)
+    momentum: float = option(0.9, "momentum of SGD", panel="Training", minimum=0, maximum=1)
+    weight_decay: float = option(5e-4, "weight decay", panel="Training", minimum=0)
+    optimizer: str = option("sgd", "optimizer", panel="Training", choices=("sgd", "adamw"))
+    schedule: str = option(
+        "cosine",
+        "learning rate over the run; step: times 0.2 at 30, 60 and 80 %",
+        panel="Training",
+        choices=("constant", "cosine", "step"),
+    )
+    augment: str = option(
+        "none", "augmentation of images", panel="Training", choices=("none", "crop-flip")
+    )
+    reg: list[str] = option(
+        ["none"],
+        "regularizer, NAME or NAME=STRENGTH (none, " + ", ".join(REGULARIZERS) + "); repeat it, "
+        "or join with commas, for several at once",
+        panel="Regularization",
+        metavar="NAME[=STRENGTH]",
+    )
+    lambda_: float | None = option(
+        None, "strength of the one penalty given without its own", panel="Regularization",
+        minimum=0,
+    )  # fmt: skip
+    estimator: str = option(
+        "dropout",
+        "of the trace penalty: dense probes (SEHT-H) or dropped ones (SEHT-D)",
+        panel="Trace penalty",
+        choices=("hutchinson", "dropout"),
+    )
+    dropout_scheme: str = option(
+        "tensor",
+        "drop whole parameter tensors (fast) or single entries (the paper's)",
+        panel="Trace penalty",
+        choices=("tensor", "entry"),
+    )
+    keep_prob: float = option(
+        0.3, "probability that a tensor or entry is kept; divided out", panel="Trace penalty",
+        above=0, maximum=1,
+    )  # fmt: skip
+    num_probes: int = option(1, "probes per step", panel="Trace penalty", minimum=1)
+    every: int = option(
+        1, "add the penalty on every k-th step only", panel="Trace penalty", minimum=1
+    )
+    warmup: float = option(
+        0.5, "fraction of the run over which the strength rises from 0", panel="Trace penalty",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    curvature: str = option(
+        "auto",
+        "of the trace penalty: the Hessian, its Gauss-Newton part, or what suits the model",
+        panel="Trace penalty",
+        choices=("auto", "hessian", "ggn"),
+    )
+    out: str | None = option(
+        None, "run folder (default: runs/<data>-<model>-<regularizers>-seed<seed>)", panel="Output"
+    )
+    init: str | None = option(None, "start from the weights of this checkpoint", panel="Output")
+    resume: bool = option(False, "go on with the run in --out", panel="Output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_row(self.reg, self.lambda_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(TrainConfig):
+    """Settings of `hesstrace compare`: train's, each `reg` one row, times the seeds."""
+
+    reg: list[str] = option(
+        ["none", "trace"],
+        "one row of the table, NAME[=STRENGTH] joined with commas; may be repeated",
+        panel="Regularization",
+        metavar="NAME[=STRENGTH],...",
+    )
+    seeds: list[int] = option([0, 1, 2], "seeds, 0,1,2", panel="Regularization", minimum=0)
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        self.rows()
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
+
+    def rows(self) -> list[dict[str, float]]:
+        """The regularizers of each row, with their strengths."""
+        takes = [takes_lambda(parse_terms([entry])) for entry in self.reg]
+        if self.lambda_ is not None and not any(takes):
+            raise ConfigError(UNUSED_LAMBDA)
+        rows = [
+            parse_row([entry], self.lambda_ if taken else None)
+            for entry, taken in zip(self.reg, takes, strict=True)
+        ]
+        names = [row_name(row) for row in rows]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two rows are the same: {', '.join(names)}")
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(DataConfig):
+    """Settings of `hesstrace estimate-trace`."""
+
+    method: str = option(
+        "auto", "estimator of the trace", panel="Estimate",
+        choices=("auto", "hutchinson", "dropout"),
+    )  # fmt: skip
+    curvature: str = option(
+        "hessian", "of the mean loss: the Hessian or its Gauss-Newton part", panel="Estimate",
+        choices=("hessian", "ggn"),
+    )  # fmt: skip
+    num_probes: int | None = option(
+        None, "fresh probes per batch in each pass (default: 2)", panel="Estimate", minimum=1
+    )
+    dropout_scheme: str = option(
+        "tensor", "what --method dropout drops", panel="Estimate", choices=("tensor", "entry")
+    )
+    keep_prob: float = option(
+        0.3, "probability that --method dropout keeps a tensor or entry", panel="Estimate",
+        above=0, maximum=1,
+    )  # fmt: skip
+    rtol: float | None = option(
+        None,
+        "stop when the 95 % interval is within this fraction of the trace (default: 0.05, or one "
+        "pass where only --num-probes is given)",
+        panel="Estimate",
+        minimum=0,
+    )
+    atol: float = option(0.0, "or within this absolute width", panel="Estimate", minimum=0)
+    max_passes: int = option(100, "stop after this many passes", panel="Estimate", minimum=1)
+    max_seconds: float = option(
+        math.inf, "stop after the pass in which this time is over", panel="Estimate", above=0
+    )
+    per_layer: bool = option(False, "the trace of every parameter tensor too", panel="Estimate")
+    split: str = option("train", "examples", panel="Estimate", choices=("train", "test"))
+    num_examples: int | None = option(
+        None, "estimate on a stratified subset of this many examples", panel="Estimate", minimum=1
+    )
+    dtype: str = option(
+        "float32", "precision of the computation", panel="Estimate", choices=("float32", "float64")
+    )
+    json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
