@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from hesstrace_cli.errors import ConfigError, ModelError
 
 FORMAT = "hesstrace/checkpoint/1"
+WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net", "ema")
+WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and averaged models, of torch.compile
 
 
 def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
@@ -43,8 +49,25 @@ def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> No
         raise ConfigError(f"{str(path)!r} cannot be written: {reason}") from problem
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; no code in it is run.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        state_dict: The weights, without the prefixes that wrappers add.
+        content: All of an own checkpoint; of another's only its epoch, where it says it.
+        note: What the user should know of how the weights were found, or None.
+    """
+
+    state_dict: dict[str, Tensor]
+    content: dict[str, Any]
+    note: str | None = None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU, of this package or not; no code in it is run.
+
+    The weights may stand alone or under a key of `WEIGHT_KEYS`, and be in the safetensors format.
 
     Raises:
         ModelError: If it is missing, damaged, or holds more than tensors and plain values.
@@ -53,29 +76,67 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ModelError(f"checkpoint {str(path)!r} {what}")
+    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, dict):
+        raise ModelError(f"{str(path)!r} holds a {type(content).__name__}, expected a checkpoint")
+    if content.get("format") == FORMAT:
+        return Checkpoint(content["state_dict"], content)
+    weights, note = _find_weights(content, str(path))
+    epoch = content.get("epoch")
+    return Checkpoint(weights, {"epoch": epoch} if isinstance(epoch, int) else {}, note)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return load_safetensors(path)
+    except (SafetensorError, OSError) as problem:
+        raise ModelError(f"{str(path)!r} is cut off or not safetensors: {problem}") from problem
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
-        if zipfile.is_zipfile(path):
-            raise ModelError(
-                f"checkpoint {str(path)!r} holds pickled objects, not only tensors and plain "
-                "values; they are not run. Save its state dict alone"
-            ) from problem
-        raise ModelError(f"{str(path)!r} is not a checkpoint") from problem
+        if not zipfile.is_zipfile(path) and "GLOBAL" not in str(problem):
+            raise ModelError(f"{str(path)!r} is not a checkpoint") from problem
+        named = re.search(r"GLOBAL (\S+)", str(problem))
+        what = f"objects ({named.group(1)})" if named else "objects"
+        raise ModelError(
+            f"checkpoint {str(path)!r} holds pickled {what}, not only tensors and plain values; "
+            "they are never loaded, as that would run code. Save its state dict alone"
+        ) from problem
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(f"{str(path)!r} is cut off or not a checkpoint: {reason}") from problem
-    if not isinstance(content, dict):
-        raise ModelError(f"{str(path)!r} holds a {type(content).__name__}, expected a checkpoint")
-    if isinstance(content.get("state_dict"), dict):
-        return content
+
+
+def _find_weights(content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], str | None]:
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        return {"state_dict": content}
-    raise ModelError(f"{str(path)!r} has no 'state_dict'; its keys: {', '.join(map(str, content))}")
+        return _without_prefixes(content), None
+    present = [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
+    if not present:
+        raise ModelError(
+            f"{path!r} has no weights under {', '.join(WEIGHT_KEYS)}; its keys: "
+            f"{', '.join(map(str, list(content)[:10])) or 'none'}"
+        )
+    weights, note = _find_weights(content[present[0]], path)
+    if len(present) > 1:
+        others = ", ".join(map(repr, present[1:]))
+        note = f"the weights under {present[0]!r} are used, not those under {others}"
+    return weights, note
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names as the bare model has them: wrappers put one prefix before all of them."""
+    weights = {name: value for name, value in weights.items() if name != "n_averaged"}
+    for prefix in WRAPPERS * 2:
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Put a checkpoint's weights into a model, all of them.
+    """Put a checkpoint's weights into a model, all of them, cast to the model's precision.
 
     Args:
         model: Changed in place.
@@ -86,6 +147,9 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) 
         ModelError: If names or shapes differ; the first of each kind are named.
     """
     own = model.state_dict()
+    for prefix in ("model.", "net."):  # of a training framework's wrapper
+        if set(state_dict) == {prefix + key for key in own}:
+            state_dict = {key: state_dict[prefix + key] for key in own}
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [

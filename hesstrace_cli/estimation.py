@@ -14,30 +14,24 @@ import torch.nn.functional as F
 from torch import Generator, nn
 
 import hesstrace_cli
-from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.objective import (
-    Objective,
-    draws_random_numbers,
-    trainable,
-    uses_batch_statistics,
-)
-from hesstrace_cli.curvature.probes import Scheme
-from hesstrace_cli.curvature.statistics import Mean
-from hesstrace_cli.curvature.trace import (
-    Stop,
-    TraceEstimate,
-    estimate_trace,
-    ggn_sampler,
-    hessian_sampler,
-)
-from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
+from hesstrace_cli.curvature.hutchpp import hutchpp
+from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
+from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.statistics import Mean, means
+from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
+from hesstrace_cli.curvature.xtrace import xtrace
+from hesstrace_cli.data import Split, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
-from hesstrace_cli.models import build_model, is_plugin
+from hesstrace_cli.loading import check_fit, load_checkpoint
+from hesstrace_cli.methods import choose_method
 
 SCHEMA = "hesstrace/trace/1"
 _DEFAULT_RTOL = 0.05
 _DEFAULT_PROBES = 2
+_DEFAULT_PRODUCTS = 12
+SKETCHES = {"hutch++": hutchpp, "xtrace": xtrace}
+_LEAST_PRODUCTS = {"hutch++": 3, "xtrace": 4}
 
 OnPass = Callable[[int, Mean], None]
 
@@ -49,23 +43,6 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def select_device(name: str) -> torch.device:
-    """The device that `--device` names; "auto" is CUDA where there is one.
-
-    Raises:
-        ConfigError: If it does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ConfigError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(number or 0) >= count:
-        raise ConfigError(f"--device is {name!r}, but this machine has {count} usable CUDA devices")
-    return torch.device(name)
 
 
 @torch.no_grad()
@@ -85,9 +62,31 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
     return loss / len(split), correct / len(split)
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimated:
+    """An estimate and how it was made.
+
+    Attributes:
+        result: The trace, its parts and errors.
+        method: The name of the estimator used.
+        reason: One clause that says why.
+        num_probes: Probes per batch and pass; products altogether for the sketching methods.
+    """
+
+    result: TraceEstimate
+    method: str
+    reason: str
+    num_probes: int
+
+
 def estimate(
-    model: nn.Module, split: Split, config: EstimateConfig, on_pass: OnPass | None = None
-) -> TraceEstimate:
+    model: nn.Module,
+    split: Split,
+    config: EstimateConfig,
+    on_pass: OnPass | None = None,
+    *,
+    population: int | None = None,
+) -> Estimated:
     """Estimate the trace of the mean cross-entropy's Hessian over a split, in eval mode.
 
     H is taken over all trainable parameters, with no augmentation. The model's modes, gradients,
@@ -98,8 +97,10 @@ def estimate(
         split: The examples.
         config: Method, probes, stopping rule, batch size and seed.
         on_pass: Told the estimate after every pass.
+        population: The number of examples that the split stands for; its own by default.
 
     Raises:
+        ConfigError: If the method does not exist for this model.
         ModelError: If the model is random in eval mode, as with a Dropout left on.
         NumericsError: If a sample is not finite.
     """
@@ -113,32 +114,86 @@ def estimate(
                 "loss has no one Hessian"
             )
         objective = Objective(model, trainable(model))
-        scheme: Scheme = "none"
-        if config.method == "dropout":
-            scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
-        make_sampler = ggn_sampler if config.curvature == "ggn" else hessian_sampler
-        rtol = config.rtol
-        if rtol is None and config.num_probes is None:
-            rtol = _DEFAULT_RTOL
-        return estimate_trace(
-            make_sampler(objective, scheme, config.keep_prob),
+        generator = Generator(X.device).manual_seed(config.seed)
+        if config.method in SKETCHES:
+            return _by_sketch(objective, split, config, generator, on_pass)
+        method = choose_method(config, objective, X)
+        num_probes = config.num_probes or _DEFAULT_PROBES
+        result = estimate_trace(
+            method.sampler,
             lambda: split.batches(config.batch_size),
             names=objective.params,
             num_examples=len(split),
-            num_probes=config.num_probes or _DEFAULT_PROBES,
-            stop=Stop(rtol, config.atol, config.max_passes, config.max_seconds),
-            generator=Generator(X.device).manual_seed(config.seed),
+            population=population,
+            num_probes=num_probes,
+            stop=_stop(config),
+            generator=generator,
+            exact=method.exact,
             on_pass=on_pass,
         )
+        return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
+def _stop(config: EstimateConfig) -> Stop:
+    rtol = config.rtol
+    if rtol is None and config.num_probes is None:
+        rtol = _DEFAULT_RTOL
+    return Stop(rtol, config.atol, config.max_passes, config.max_seconds)
+
+
+def _by_sketch(
+    objective: Objective,
+    split: Split,
+    config: EstimateConfig,
+    generator: Generator,
+    on_pass: OnPass | None,
+) -> Estimated:
+    """Hutch++ or XTrace, with twice the products until the stopping rule holds."""
+    matrix = CurvatureMatrix(
+        objective, lambda: split.batches(config.batch_size), len(split), config.curvature
+    )
+    draw, stop, begin = SKETCHES[config.method], _stop(config), time.monotonic()
+    num_products, passes = config.num_probes or _DEFAULT_PRODUCTS, 0
+    if num_products < _LEAST_PRODUCTS[config.method]:
+        raise ConfigError(
+            f"--num-probes is {num_products}, --method {config.method} takes products with the "
+            f"whole matrix, at least {_LEAST_PRODUCTS[config.method]}"
+        )
+    while True:
+        like = next(iter(objective.params.values()))
+        samples = draw(matrix, like, matrix.sizes, num_products=num_products, generator=generator)
+        passes += num_products
+        total, *parts = means(torch.cat([samples.sum(1, keepdim=True), samples], 1))
+        if not math.isfinite(total.value):
+            raise NumericsError(f"the trace estimate is {total.value}")
+        if on_pass is not None:
+            on_pass(passes, total)
+        if stop.reached(total, passes + num_products, time.monotonic() - begin):
+            names = dict(zip(objective.params, parts, strict=True))
+            whole = TraceEstimate(total, names, passes, None)
+            return Estimated(whole, config.method, "as asked for", num_products)
+        num_products *= 2
+
+
 def trace_record(
-    model: nn.Module, split: Split, config: EstimateConfig, on_pass: OnPass | None = None
+    model: nn.Module,
+    split: Split,
+    config: EstimateConfig,
+    on_pass: OnPass | None = None,
+    *,
+    population: int | None = None,
 ) -> dict[str, Any]:
     """Estimate the trace and describe it: the JSON of the contract but for the checkpoint.
+
+    Args:
+        model: As for `estimate`, as are the others.
+        split: The examples.
+        config: The settings.
+        on_pass: Told the estimate after every pass.
+        population: The number of examples that the split stands for.
 
     Raises:
         NumericsError: If the loss is not finite.
@@ -147,22 +202,26 @@ def trace_record(
     loss, accuracy = evaluate(model, split, config.batch_size)
     if not math.isfinite(loss):
         raise NumericsError(f"the loss is {loss} on these {len(split)} examples")
-    result = estimate(model, split, config, on_pass)
+    estimated = estimate(model, split, config, on_pass, population=population)
+    result = estimated.result
     params = trainable(model)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         **_mean_record(result.total),
         "ci95": _interval(result.total),
         "curvature": config.curvature,
-        "method": "hutchinson" if config.method == "auto" else config.method,
-        "num_probes": result.num_probes,
+        "method": estimated.method,
+        "reason": estimated.reason,
+        "num_probes": estimated.num_probes,
         "passes": result.passes,
         "num_examples": len(split),
+        "num_population": population or len(split),
+        "subset_stderr": result.subset_stderr,
         "num_parameters": sum(p.numel() for p in params.values()),
         "loss": loss,
         "accuracy": accuracy,
     }
-    if config.per_layer:
+    if config.per_layer or config.plot is not None:
         record["per_layer"] = [
             {"name": name, "num_parameters": params[name].numel(), **_mean_record(part)}
             for name, part in result.tensors.items()
@@ -190,109 +249,6 @@ def _interval(mean: Mean) -> list[float] | None:
     return list(interval)
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A checkpoint's model on its device, with its data.
-
-    Attributes:
-        model: With the checkpoint's weights.
-        data: What it was trained on, or what the user named.
-        model_name: As it was built.
-        warnings: What the user should know of the estimate.
-    """
-
-    model: nn.Module
-    data: DataSet
-    model_name: str
-    warnings: list[str]
-
-
-def load_checkpoint(path: str, config: EstimateConfig) -> Loaded:
-    """Build the model of a checkpoint and load its data; flags win over what the file says.
-
-    Raises:
-        ModelError: If the checkpoint cannot be read or does not fit.
-        ConfigError: If neither it nor the flags name the model and the data.
-        DataError: If the data is missing or out of range.
-    """
-    checkpoint = read_checkpoint(path)
-    said: dict[str, Any] = checkpoint.get("config", {})
-    model_name = config.model or said.get("model")
-    if model_name is None:
-        raise ConfigError(f"checkpoint {path!r} does not say its model; give --model")
-    if config.model is None and is_plugin(model_name):
-        raise ModelError(
-            f"checkpoint {path!r} names the plug-in {model_name!r}, which is imported only if "
-            f"you repeat it: --model {model_name}"
-        )
-    dataset = config.dataset or said.get("dataset")
-    if dataset is None:
-        raise ConfigError(f"checkpoint {path!r} does not say its data; give --dataset")
-    same_data = dataset == said.get("dataset")
-    defaults = said if same_data else {}
-    names = ("data_dir", "image_size", "train_examples", "val_fraction", "num_classes")
-    unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
-    changes: dict[str, Any] = {
-        **unsaid,
-        "model": model_name,
-        "dataset": dataset,
-        "model_arg": config.model_arg or said.get("model_arg", {}),
-    }
-    config = dataclasses.replace(config, **changes)
-    device = select_device(config.device)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    recorded = checkpoint.get("preprocess") if same_data else None
-    data = load_data(config, device, dtype=dtype, recorded=recorded)
-    model = build_model(
-        model_name,
-        num_classes=checkpoint.get("num_classes", data.num_classes),
-        in_shape=data.in_shape,
-        model_args=config.model_arg,
-        seed=0,
-    )
-    load_weights(model, checkpoint["state_dict"], path)
-    model = model.to(device, dtype).eval()
-    return Loaded(model, data, model_name, _warnings(model, data, config))
-
-
-def _warnings(model: nn.Module, data: DataSet, config: EstimateConfig) -> list[str]:
-    X, _ = next(data.test.batches(2))
-    if uses_batch_statistics(model, X):
-        return [
-            "the model uses batch statistics in eval mode: its loss is the one over batches of "
-            f"{config.batch_size}"
-        ]
-    return []
-
-
-def check_fit(model: nn.Module, data: DataSet, name: str) -> None:
-    """Try the model on two examples.
-
-    Raises:
-        ModelError: If it does not take them, or does not give one logit a class.
-    """
-    X, _ = next(data.test.batches(2))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(X)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(
-            f"model {name!r} does not take inputs of shape {data.in_shape}: {reason}"
-        ) from problem
-    finally:
-        model.train(was_training)
-    if logits.dim() != 2 or logits.shape[1] < data.num_classes:
-        raise ModelError(
-            f"model {name!r} gives outputs of shape {tuple(logits.shape[1:])}, expected "
-            f"({data.num_classes},), a logit for each class of {data.name}"
-        )
-
-
 def estimate_checkpoint(
     path: str, config: EstimateConfig, on_pass: OnPass | None = None
 ) -> tuple[dict[str, Any], list[str]]:
@@ -304,11 +260,13 @@ def estimate_checkpoint(
     loaded = load_checkpoint(path, config)
     check_fit(loaded.model, loaded.data, loaded.model_name)
     split = loaded.data.test if config.split == "test" else loaded.data.train
+    population = len(split)
     if config.num_examples is not None and config.num_examples < len(split):
         split = split.subset(stratified_order(split.labels, config.seed)[: config.num_examples])
-    record = trace_record(loaded.model, split, config, on_pass)
+    record = trace_record(loaded.model, split, config, on_pass, population=population)
     place = {
         "checkpoint": path,
+        "epoch": loaded.epoch,
         "model": loaded.model_name,
         "dataset": loaded.data.name,
         "preprocess": loaded.data.preprocess.as_dict(),

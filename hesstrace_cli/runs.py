@@ -10,7 +10,7 @@ from typing import Any
 
 from hesstrace_cli.checkpoints import read_checkpoint, write_atomically
 from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name, to_yaml
-from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.errors import ConfigError, ModelError
 
 # May differ between the first part of a run and a resumed one: they say where, not what.
 _PLACE = ("out", "resume", "device", "num_workers", "data_dir", "download")
@@ -82,11 +82,19 @@ class RunFolder:
             )
         if config.resume and settings.is_file():
             self._check_same(config, str(settings))
-            return read_checkpoint(self.last) if self.last.is_file() else None
+            return self._last_state()
         if occupied:
             raise ConfigError(f"--out {str(self.path)!r} is not empty and holds no run to resume")
         write_atomically(settings, to_yaml(dataclasses.replace(config, resume=False)))
         return None
+
+    def _last_state(self) -> dict[str, Any] | None:
+        if not self.last.is_file():
+            return None
+        content = read_checkpoint(self.last).content
+        if "optimizer" not in content:
+            raise ModelError(f"{str(self.last)!r} holds no state of a run to resume")
+        return content
 
     def _check_same(self, config: TrainConfig, settings: str) -> None:
         before = resolve(TrainConfig, {}, settings)

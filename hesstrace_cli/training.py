@@ -20,7 +20,8 @@ from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.data import DataSet, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError, Stopped
-from hesstrace_cli.estimation import check_fit, evaluate, select_device, trace_record, versions
+from hesstrace_cli.estimation import evaluate, trace_record, versions
+from hesstrace_cli.loading import check_fit, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build, choose_curvature
 from hesstrace_cli.regularizers.trace import CurvatureChoice
@@ -128,7 +129,7 @@ class Run:
             seed=derived_seed(config.seed, "weights"),
         )
         if config.init is not None:
-            load_weights(model, read_checkpoint(config.init)["state_dict"], config.init)
+            load_weights(model, read_checkpoint(config.init).state_dict, config.init)
         model = model.to(self.device).train()
         check_fit(model, self.data, config.model)
         return model

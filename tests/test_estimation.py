@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.errors import ModelError
+from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.estimation import estimate
 
 
@@ -17,8 +19,12 @@ def split():
     return TensorSplit(torch.randn(20, 8), torch.arange(20) % 3, Preprocess())
 
 
+METHODS = ["auto", "exact", "hutchinson", "dropout", "hutch++", "xtrace"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-def test_state_is_untouched(curvature):
+def test_state_is_untouched(curvature, method):
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
     model[3].bias.requires_grad_(False)
     model[1].eval()
@@ -27,11 +33,14 @@ def test_state_is_untouched(curvature):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     random_state = torch.get_rng_state()
-    config = EstimateConfig(num_probes=2, curvature=curvature)
-    first, second = estimate(model, data, config), estimate(model, data, config)
-    other = estimate(model, data, EstimateConfig(num_probes=2, curvature=curvature, seed=1))
+    config = EstimateConfig(num_probes=6, curvature=curvature, method=method)
+    first, second = (estimate(model, data, config).result for _ in range(2))
+    other = estimate(model, data, dataclasses.replace(config, seed=1)).result
     assert first == second
-    assert other.total.value != first.total.value
+    if method in ("auto", "exact"):
+        assert other == first
+    else:
+        assert other.total.value != first.total.value
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -48,6 +57,12 @@ class AlwaysDropping(nn.Module):
 
     def forward(self, X):
         return self.linear(nn.functional.dropout(X, 0.5, training=True))
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_too_few_products(method):
+    with pytest.raises(ConfigError, match="at least"):
+        estimate(nn.Linear(8, 3), split(), EstimateConfig(num_probes=2, method=method))
 
 
 def test_active_dropout_is_refused():

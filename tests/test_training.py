@@ -120,7 +120,7 @@ def test_run_folder(tmp_path):
     assert summary["schema"] == "hesstrace/run/1"
     assert summary["trace"]["schema"] == "hesstrace/trace/1"
     checkpoint = read_checkpoint(tmp_path / "a" / "last.pt")
-    assert same(checkpoint["state_dict"], weights(run))
+    assert same(checkpoint.state_dict, weights(run))
     assert len(run.data.val) == 20
     assert run.finished
 

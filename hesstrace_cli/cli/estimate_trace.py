@@ -11,14 +11,14 @@ import typer
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.config import EstimateConfig, resolve
-from hesstrace_cli.reporting import tables
+from hesstrace_cli.reporting import plots, tables
 
 if TYPE_CHECKING:
     from hesstrace_cli.curvature.statistics import Mean
 
 _DEFINITION = (
-    "tr({matrix}) of the mean cross-entropy over {n} examples ({split}), all trainable "
-    "parameters, eval mode, no augmentation; {preprocessing}"
+    "tr({matrix}) of the mean cross-entropy over {n} examples ({split}), all {p} trainable "
+    "parameters, eval mode, no augmentation; inputs: {preprocessing}"
 )
 
 
@@ -46,12 +46,14 @@ def estimate_trace(
         records.append(record)
     several = {"schema": "hesstrace/traces/1", "traces": records}
     text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
+    if settings.plot is not None:
+        plots.save(plots.plot_traces(records), settings.plot)
     if settings.json == "-":
         typer.echo(text)
         return
     if settings.json is not None:
         write_atomically(Path(settings.json), text + "\n")
-    _show(records)
+    _show(records, settings)
 
 
 def _on_pass(path: str) -> Any:
@@ -63,19 +65,27 @@ def _on_pass(path: str) -> Any:
     return report
 
 
-def _show(records: list[dict[str, Any]]) -> None:
-    title = "trace of the Hessian" if records[0]["curvature"] == "hessian" else "trace of G"
+def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
+    first = records[0]
+    title = "trace of the Hessian" if first["curvature"] == "hessian" else "trace of G"
     screen.show(tables.rich_table(title, tables.TRACE_HEAD, tables.trace_rows(records)))
-    for record in records:
-        if "per_layer" in record:
+    if settings.per_layer:
+        for record in records:
             rows = tables.layer_rows(record)
             screen.show(tables.rich_table(record["checkpoint"], tables.LAYER_HEAD, rows))
-    first = records[0]
+    for record in records:
+        where = f"{record['checkpoint']}: " if len(records) > 1 else ""
+        screen.say(f"{where}method {record['method']}: {record['reason']}")
+        note = tables.subset_note(record)
+        if note is not None:
+            screen.say(where + note)
+    inputs = ", ".join(f"{key} {value}" for key, value in first["preprocess"].items())
     screen.say(
         _DEFINITION.format(
             matrix="H" if first["curvature"] == "hessian" else "G",
             n=first["num_examples"],
             split=first["split"],
-            preprocessing=f"preprocessing {first['preprocess']}",
+            p=first["num_parameters"],
+            preprocessing=inputs,
         )
     )

@@ -86,7 +86,8 @@ class TrainConfig(DataConfig):
     dataset: str = inherited(DataConfig, "dataset", "digits")
     data_dir: str = inherited(DataConfig, "data_dir", "data")
     val_fraction: float = inherited(DataConfig, "val_fraction", 0.1)
-    epochs: int = option(30, "passes over the training data", panel="Training", minimum=1)
+    batch_size: int = inherited(DataConfig, "batch_size", 32)
+    epochs: int = option(60, "passes over the training data", panel="Training", minimum=1)
     lr: float = option(0.05, "learning rate", panel="Training", above=0)
     momentum: float = option(0.9, "momentum of SGD", panel="Training", minimum=0, maximum=1)
     weight_decay: float = option(5e-4, "weight decay", panel="Training", minimum=0)
@@ -124,7 +125,7 @@ class TrainConfig(DataConfig):
         choices=("tensor", "entry"),
     )
     keep_prob: float = option(
-        0.3, "probability that a tensor or entry is kept; divided out", panel="Trace penalty",
+        0.5, "probability that a tensor or entry is kept; divided out", panel="Trace penalty",
         above=0, maximum=1,
     )  # fmt: skip
     num_probes: int = option(1, "probes per step", panel="Trace penalty", minimum=1)
@@ -191,14 +192,18 @@ class EstimateConfig(DataConfig):
 
     method: str = option(
         "auto", "estimator of the trace", panel="Estimate",
-        choices=("auto", "hutchinson", "dropout"),
+        choices=("auto", "exact", "hutchinson", "dropout", "hutch++", "xtrace"),
     )  # fmt: skip
     curvature: str = option(
         "hessian", "of the mean loss: the Hessian or its Gauss-Newton part", panel="Estimate",
         choices=("hessian", "ggn"),
     )  # fmt: skip
     num_probes: int | None = option(
-        None, "fresh probes per batch in each pass (default: 2)", panel="Estimate", minimum=1
+        None,
+        "fresh probes per batch in each pass (default: 2); for hutch++ and xtrace, products with "
+        "the whole matrix (default: 12)",
+        panel="Estimate",
+        minimum=1,
     )
     dropout_scheme: str = option(
         "tensor", "what --method dropout drops", panel="Estimate", choices=("tensor", "entry")
@@ -228,3 +233,9 @@ class EstimateConfig(DataConfig):
         "float32", "precision of the computation", panel="Estimate", choices=("float32", "float64")
     )
     json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
+    plot: str | None = option(
+        None,
+        "draw to this file (.png, .pdf, .svg): the trace of every layer, or of several "
+        "checkpoints against the epoch",
+        panel="Output",
+    )

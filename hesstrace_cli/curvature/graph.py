@@ -7,7 +7,7 @@ node as unused, and the derivative comes out as zero. So the graph is searched f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,20 @@ def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([(a[name] * part).sum() for name, part in b.items()]).sum()
 
 
+def topological(*outputs: Tensor) -> Iterator[Any]:
+    """The nodes of the graph behind some tensors, each after all that it depends on."""
+    stack: list[tuple[Any, bool]] = [(o.grad_fn, False) for o in outputs]
+    seen: set[Any] = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            yield node
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((following, False) for following, _ in node.next_functions)
+
+
 _DEAD_ENDS = ("Error", "NotImplemented")
 
 
@@ -41,13 +55,6 @@ def check_graph(*outputs: Tensor) -> None:
     Raises:
         NotImplementedError: If there is one.
     """
-    stack: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
+    for node in topological(*outputs):
         if node.name().rpartition("::")[2] in _DEAD_ENDS:
             raise NotImplementedError("a backward in the graph has no derivative of its own")
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)

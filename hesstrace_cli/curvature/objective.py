@@ -30,6 +30,13 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return params
 
 
+def call_as_it_is(model: nn.Module, X: Tensor) -> Tensor:
+    """The logits with the model's own operations, its buffers left as they are."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    logits: Tensor = functional_call(model, buffers, (X,))
+    return logits
+
+
 def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
     """The logits at other parameters, with differentiable operations.
 
@@ -63,6 +70,13 @@ class Objective:
     def loss(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
         """L(w), a 0-dim tensor."""
         return self.loss_func(self.logits(params, X), y)
+
+    def residual(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
+        """A 0-dim tensor whose Hessian at w is R = H - G: <dl/df at w, f>, the first held fixed."""
+        logits = self.logits(params, X)
+        at = logits.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.loss_func(at, y), at)
+        return (slope * logits).sum()
 
 
 class _BatchStatistics(TorchFunctionMode):

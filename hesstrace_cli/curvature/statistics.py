@@ -37,16 +37,24 @@ def t_quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
+def means(samples: Tensor) -> list[Mean]:
+    """The means and standard errors of the columns of independent samples, shape (n, K)."""
+    n = len(samples)
+    values = samples.mean(0).tolist()
+    errors = (samples.std(0) / math.sqrt(n)).tolist() if n > 1 else [None] * len(values)
+    return [Mean(v, e, n - 1) for v, e in zip(values, errors, strict=True)]
+
+
 @dataclass
 class Stratum:
-    """Running count, mean and sum of squared deviations of vector samples (Welford)."""
+    """Running count, mean and sum of squared deviations of samples of one shape (Welford)."""
 
     count: int = 0
     mean: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
     def add(self, sample: Tensor) -> None:
-        """Add one sample of shape (K,)."""
+        """Add one sample."""
         self.count += 1
         delta = sample - self.mean
         self.mean = self.mean + delta / self.count
@@ -58,43 +66,79 @@ class StratifiedMean:
     """The sum of weighted stratum means, sum_b w_b mean_b, for vectors of K quantities.
 
     Its variance is sum_b w_b^2 s_b^2 / n_b, with s_b^2 the variance *within* stratum b: the
-    differences between the strata are no error, as every stratum is in every pass.
+    differences between the strata are no error, as every stratum is in every pass. A batch is
+    one stratum, or as many as it has examples, which then share its weight.
+
+    Attributes:
+        exact: Whether a sample has no error, so that one a stratum is enough.
     """
 
-    strata: dict[int, Stratum] = field(default_factory=dict)
+    exact: bool = False
+    batches: dict[int, Stratum] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
 
-    def add(self, stratum: int, weight: float, samples: Tensor) -> None:
-        """Add samples of one stratum.
+    def add(self, batch: int, weight: float, samples: Tensor) -> None:
+        """Add samples of one batch.
 
         Args:
-            stratum: Its number.
-            weight: w_b, its share of the whole.
-            samples: Shape (n, K).
+            batch: Its number.
+            weight: Its share of the whole.
+            samples: Shape (n, E, K): n samples of the K quantities for each of its E strata.
         """
-        self.weights[stratum] = weight
-        running = self.strata.setdefault(stratum, Stratum())
+        self.weights[batch] = weight / samples.shape[1]
+        running = self.batches.setdefault(batch, Stratum())
         for sample in samples.detach().to("cpu", torch.float64):
             running.add(sample)
 
     def means(self) -> list[Mean]:
         """The K means; their errors are unknown while a stratum has a single sample."""
-        values: Tensor | float = 0.0
-        variance: Tensor | float = 0.0
-        quartic: Tensor | float = 0.0
-        known = all(s.count > 1 for s in self.strata.values())
-        for number, s in self.strata.items():
-            values = values + self.weights[number] * s.mean
-            if known:
-                part = self.weights[number] ** 2 * s.squares / (s.count * (s.count - 1))
-                variance = variance + part
-                quartic = quartic + part * part / (s.count - 1)
-        value_list = torch.as_tensor(values).tolist()
-        if not known:
-            return [Mean(value, None) for value in value_list]
-        variance, quartic = torch.as_tensor(variance), torch.as_tensor(quartic)
+        parts = [(self.weights[b], s) for b, s in self.batches.items()]
+        values = torch.stack([w * torch.as_tensor(s.mean).sum(0) for w, s in parts]).sum(0)
+        if self.exact:
+            return [Mean(value, 0.0) for value in values.tolist()]
+        if any(s.count < 2 for _, s in parts):
+            return [Mean(value, None) for value in values.tolist()]
+        variance, quartic = torch.zeros_like(values), torch.zeros_like(values)
+        for w, s in parts:
+            part = w**2 * torch.as_tensor(s.squares) / (s.count * (s.count - 1))
+            variance += part.sum(0)
+            quartic += part.square().sum(0) / (s.count - 1)
         degrees = torch.where(quartic > 0, variance.square() / quartic, math.inf)
         return [
             Mean(value, math.sqrt(var), df)
-            for value, var, df in zip(value_list, variance.tolist(), degrees.tolist(), strict=True)
+            for value, var, df in zip(
+                values.tolist(), variance.tolist(), degrees.tolist(), strict=True
+            )
         ]
+
+    def subset_stderr(self, population: int, size: int) -> float | None:
+        """The error of the first mean as that of a population, its strata a random subset of it.
+
+        It comes from the spread between the strata, less what their own errors add to that.
+
+        Args:
+            population: The number of examples in the population.
+            size: The number of examples in all strata together.
+
+        Returns:
+            The standard error; 0 where the subset is the whole; None where it cannot be told.
+        """
+        if size >= population:
+            return 0.0
+        means = [torch.as_tensor(s.mean)[:, 0] for s in self.batches.values()]
+        w = torch.cat([
+            torch.full_like(m, self.weights[b]) for b, m in zip(self.batches, means, strict=True)
+        ])  # fmt: skip
+        m = torch.cat(means)
+        if len(m) < 2 or not (self.exact or all(s.count > 1 for s in self.batches.values())):
+            return None
+        concentration = w.square().sum() / w.sum() ** 2  # 1 / (number of strata) where equal
+        spread = (w * (m - (w * m).sum() / w.sum()).square()).sum() / w.sum()
+        between = spread / (1 - concentration)
+        if not self.exact:
+            own = torch.cat([
+                torch.as_tensor(s.squares)[:, 0] / (s.count * (s.count - 1))
+                for s in self.batches.values()
+            ])  # fmt: skip
+            between = (between - (w * own).sum() / w.sum()).clamp(min=0)
+        return math.sqrt(between * concentration * (1 - size / population))

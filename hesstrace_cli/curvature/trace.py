@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.curvature.exact import PerExampleTrace, hessian_diagonal_traces
 from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
@@ -23,7 +24,25 @@ from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
 from hesstrace_cli.errors import NumericsError
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-Sampler = Callable[[Tensor, Tensor, int, Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of a pass, with its number in it.
+
+    Attributes:
+        number: From 0, the same in every pass.
+        X: Inputs, shape (N_b, ...).
+        y: Labels, shape (N_b,).
+    """
+
+    number: int
+    X: Tensor
+    y: Tensor
+
+
+Sampler = Callable[[Batch, int, Generator], Tensor]
+"""From a batch, m and a generator to m samples of T blocks' traces for E strata, (m, E, T)."""
 
 MIN_DEGREES = 10.0
 """A stopping rule looks at an interval only once it has this many degrees of freedom."""
@@ -63,14 +82,14 @@ class TraceEstimate:
     Attributes:
         total: The trace over all parameters, its standard error and degrees of freedom.
         tensors: The same for the diagonal block of each parameter tensor.
-        num_probes: Probes per batch and pass.
         passes: Passes over the data.
+        subset_stderr: The error from the examples standing for more of them; None if unknown.
     """
 
     total: Mean
     tensors: dict[str, Mean]
-    num_probes: int
     passes: int
+    subset_stderr: float | None
 
 
 def quadratic_samples(parts: Params, probe: Params, names: Iterable[str]) -> Tensor:
@@ -82,40 +101,99 @@ def quadratic_samples(parts: Params, probe: Params, names: Iterable[str]) -> Ten
     ).detach()
 
 
-def hessian_sampler(objective: Objective, scheme: Scheme, keep_prob: float) -> Sampler:
+def hessian_sampler(objective: Objective, scheme: Scheme = "none", keep_prob: float = 1) -> Sampler:
     """Hutchinson's samples v_t^T (H v)_t of a batch, H the Hessian of its mean loss.
 
     Source:
         Hutchinson 1989; with a dropout scheme, Liu, Yu, Lin, arXiv 2208.05924 (SEHT-D).
     """
+    return _quadratic_sampler(objective, objective.loss, scheme, keep_prob)
+
+
+def residual_sampler(objective: Objective) -> Sampler:
+    """Hutchinson's samples v_t^T (R v)_t of a batch, R = H - G of its mean loss."""
+    return _quadratic_sampler(objective, objective.residual, "none", 1.0)
+
+
+def _quadratic_sampler(
+    objective: Objective, loss: Callable[..., Tensor], scheme: Scheme, keep_prob: float
+) -> Sampler:
     params = objective.params
 
-    def sample(X: Tensor, y: Tensor, num_probes: int, generator: Generator) -> Tensor:
+    def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
         try:
-            grad = gradient(objective.loss(params, X, y), params, create_graph=True)
+            grad = gradient(loss(params, batch.X, batch.y), params, create_graph=True)
             check_graph(*grad.values())
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, objective, X) from problem
+            raise refuse(problem, objective, batch.X) from problem
         rows = []
         for _ in range(num_probes):
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
             rows.append(quadratic_samples(hvp(grad, params, v), v, params))
-        return torch.stack(rows)
+        return torch.stack(rows)[:, None]
 
     return sample
 
 
-def ggn_sampler(objective: Objective, scheme: Scheme, keep_prob: float) -> Sampler:
+def ggn_sampler(objective: Objective, scheme: Scheme = "none", keep_prob: float = 1) -> Sampler:
     """Hutchinson's samples v_t^T (G v)_t of a batch, G the Gauss-Newton matrix of its mean loss."""
     params = objective.params
 
-    def sample(X: Tensor, _y: Tensor, num_probes: int, generator: Generator) -> Tensor:
+    def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
         rows = []
         for _ in range(num_probes):
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
-            product = ggn_vp(lambda p: objective.logits(p, X), params, v)
+            product = ggn_vp(lambda p: objective.logits(p, batch.X), params, v)
             rows.append(quadratic_samples(product, v, params))
-        return torch.stack(rows)
+        return torch.stack(rows)[:, None]
+
+    return sample
+
+
+def signs_sampler(per_example: PerExampleTrace) -> Sampler:
+    """Samples of tr(G) from random signs on the logits, each example a stratum of its own."""
+
+    def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
+        return per_example.sample(batch.X, num_probes, generator)
+
+    return sample
+
+
+def exact_sampler(per_example: PerExampleTrace) -> Sampler:
+    """tr(G) itself, each example a stratum of its own."""
+    return lambda batch, _num_probes, _generator: per_example.exact(batch.X)[None]
+
+
+def diagonal_sampler(objective: Objective) -> Sampler:
+    """tr(H) itself, from the whole diagonal."""
+
+    def sample(batch: Batch, _num_probes: int, _generator: Generator) -> Tensor:
+        try:
+            return hessian_diagonal_traces(objective, batch.X, batch.y)[None, None]
+        except (RuntimeError, NotImplementedError) as problem:
+            raise refuse(problem, objective, batch.X) from problem
+
+    return sample
+
+
+def control_variate_sampler(
+    objective: Objective, per_example: PerExampleTrace, *, by_signs: bool
+) -> Sampler:
+    """Samples of tr(H) = tr(G) + E[v^T R v]: where the loss is low, R and its variance are small.
+
+    tr(G) of a batch is taken once, exactly, and remembered; or by signs, afresh in each pass.
+    """
+    residual = residual_sampler(objective)
+    remembered: dict[int, Tensor] = {}
+
+    def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
+        if by_signs:
+            main = per_example.sample(batch.X, num_probes, generator).mean(1)
+        else:
+            if batch.number not in remembered:
+                remembered[batch.number] = per_example.exact(batch.X).mean(0)
+            main = remembered[batch.number]
+        return main[..., None, :] + residual(batch, num_probes, generator)
 
     return sample
 
@@ -126,34 +204,38 @@ def estimate_trace(
     *,
     names: Iterable[str],
     num_examples: int,
+    population: int | None = None,
     num_probes: int,
     stop: Stop,
     generator: Generator,
+    exact: bool = False,
     on_pass: Callable[[int, Mean], None] | None = None,
 ) -> TraceEstimate:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
 
     Args:
-        sampler: Draws samples (m, T) of the T diagonal blocks' traces on one batch.
+        sampler: Draws samples of the T diagonal blocks' traces on one batch.
         batches: Gives the same batches on every call.
         names: The T parameter tensors.
         num_examples: N, the examples in all batches together.
+        population: The examples that they stand for; N by default.
         num_probes: m, fresh probes per batch in each pass.
         stop: The stopping rule.
         generator: Source of all randomness.
+        exact: Whether the samples have no error: one pass is then all.
         on_pass: Told the number of passes done and the estimate so far.
 
     Raises:
         NumericsError: If a sample is not finite.
     """
     names = list(names)
-    running = StratifiedMean()
+    running = StratifiedMean(exact)
     begin = time.monotonic()
     passes = 0
     while True:
         for number, (X, y) in enumerate(batches()):
-            samples = sampler(X, y, num_probes, generator)
-            samples = torch.cat([samples.sum(1, keepdim=True, dtype=torch.float64), samples], 1)
+            samples = sampler(Batch(number, X, y), num_probes, generator)
+            samples = torch.cat([samples.sum(-1, keepdim=True, dtype=torch.float64), samples], -1)
             running.add(number, len(X) / num_examples, samples)
         passes += 1
         total, *parts = running.means()
@@ -161,5 +243,6 @@ def estimate_trace(
             raise NumericsError(f"the trace estimate is {total.value} after {passes} passes")
         if on_pass is not None:
             on_pass(passes, total)
-        if stop.reached(total, passes, time.monotonic() - begin):
-            return TraceEstimate(total, dict(zip(names, parts, strict=True)), num_probes, passes)
+        if exact or stop.reached(total, passes, time.monotonic() - begin):
+            subset = running.subset_stderr(population or num_examples, num_examples)
+            return TraceEstimate(total, dict(zip(names, parts, strict=True)), passes, subset)

@@ -28,7 +28,8 @@ def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
     """A table with its first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        left = index == 0 or not name
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -71,24 +72,45 @@ def trace_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     rows = []
     for r in records:
         interval = "-" if r["ci95"] is None else f"[{number(r['ci95'][0])}, {number(r['ci95'][1])}]"
+        passes = f"{r['passes']} x {r['num_probes']}" if r["num_probes"] else str(r["passes"])
         rows.append([
-            r["checkpoint"], with_error(r["trace"], r["stderr"]), interval, number(r["loss"]),
-            f"{r['accuracy']:.4f}", r["method"], f"{r['passes']} x {r['num_probes']}",
+            r["checkpoint"], with_error(r["trace"], r["stderr"]),
+            "-" if r["stderr"] == 0 else interval, number(r["loss"]),
+            f"{r['accuracy']:.4f}", r["method"], passes,
         ])  # fmt: skip
     return rows
 
 
-LAYER_HEAD = ("parameter", "weights", "trace", "trace per weight")
+def subset_note(record: Mapping[str, Any]) -> str | None:
+    """What the examples' being a subset adds to the error; None where they are all."""
+    if record["num_examples"] == record["num_population"]:
+        return None
+    share = f"{record['num_examples']} of {record['num_population']} examples"
+    if record["subset_stderr"] is None:
+        return f"{share}: what they miss of the whole is not known"
+    return f"{share}: as an estimate for all of them, ± {number(record['subset_stderr'], 2)} more"
+
+
+LAYER_HEAD = ("parameter", "weights", "trace", "± stderr", "per weight", "share", "")
+_BAR_WIDTH = 20
 
 
 def layer_rows(record: Mapping[str, Any]) -> Rows:
-    """A row a parameter tensor."""
-    return [
-        [layer["name"], str(layer["num_parameters"]),
-         with_error(layer["trace"], layer["stderr"]),
-         number(layer["trace"] / layer["num_parameters"], 3)]
-        for layer in record["per_layer"]
-    ]  # fmt: skip
+    """A row a parameter tensor, with a bar for its share of the trace."""
+    layers = record["per_layer"]
+    total = sum(layer["trace"] for layer in layers)
+    largest = max(abs(layer["trace"]) for layer in layers)
+    rows = []
+    for layer in layers:
+        trace, error = layer["trace"], layer["stderr"]
+        bar = "█" * round(_BAR_WIDTH * abs(trace) / largest) if largest else ""
+        rows.append([
+            layer["name"], str(layer["num_parameters"]), number(trace),
+            "?" if error is None else "exact" if error == 0 else number(error, 2),
+            number(trace / layer["num_parameters"], 3),
+            f"{trace / total:.1%}" if total else "-", ("-" if trace < 0 else "") + bar,
+        ])  # fmt: skip
+    return rows
 
 
 COMPARISON_HEAD = (

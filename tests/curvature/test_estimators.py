@@ -13,7 +13,13 @@ from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, num_kept, rademacher
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean, t_quantile
-from hesstrace_cli.curvature.trace import Stop, estimate_trace, ggn_sampler, hessian_sampler
+from hesstrace_cli.curvature.trace import (
+    Batch,
+    Stop,
+    estimate_trace,
+    ggn_sampler,
+    hessian_sampler,
+)
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -71,7 +77,7 @@ def test_estimators_are_unbiased(curvature, scheme, keep_prob):
         truth, sampler = oracles.dense_hessian(objective, X, y), hessian_sampler
     else:
         truth, sampler = oracles.dense_ggn(objective, X), ggn_sampler
-    rows = sampler(objective, scheme, keep_prob)(X, y, 2000, generator(5))
+    rows = sampler(objective, scheme, keep_prob)(Batch(0, X, y), 2000, generator(5))[:, 0]
     within(rows.sum(1), truth.trace())
     sizes = [p.numel() for p in objective.params.values()]
     blocks = truth.diagonal().split(sizes)
@@ -118,7 +124,7 @@ def test_penalties_and_their_gradients_are_unbiased(curvature, scheme, keep_prob
 def test_variance_of_rademacher_probes():
     objective, X, y = problem()
     H = oracles.dense_hessian(objective, X, y)
-    samples = hessian_sampler(objective, "none", 1.0)(X, y, 4000, generator(3)).sum(1)
+    samples = hessian_sampler(objective)(Batch(0, X, y), 4000, generator(3)).sum((1, 2))
     truth = 2 * (H.square().sum() - H.diagonal().square().sum())
     assert abs(samples.var() / truth - 1) < 0.15
 
@@ -143,16 +149,16 @@ def test_ragged_batches_weigh_by_their_size():
     H = oracles.dense_hessian(objective, X, y)
     sizes = [p.numel() for p in objective.params.values()]
 
-    def exact(X, y, m, generator):
-        diagonal = oracles.dense_hessian(objective, X, y).diagonal()
-        return torch.stack([part.sum() for part in diagonal.split(sizes)])[None]
+    def exact(batch, m, generator):
+        diagonal = oracles.dense_hessian(objective, batch.X, batch.y).diagonal()
+        return torch.stack([part.sum() for part in diagonal.split(sizes)])[None, None]
 
     for split in ((10,), (8, 2)):
         batches = batches_of(X, y, *split)
         result = run(exact, batches, probes=1, names=names, num_examples=10)
         assert result.total.value == pytest.approx(H.trace().item(), rel=1e-12)
         assert result.total.stderr is None
-    sampler = hessian_sampler(objective, "none", 1.0)
+    sampler = hessian_sampler(objective)
     batches = batches_of(X, y, 8, 2)
     result = run(sampler, batches, probes=1500, names=names, num_examples=10)
     assert abs(result.total.value - H.trace().item()) < 4 * result.total.stderr
@@ -163,7 +169,7 @@ def test_interval_covers_the_truth():
     objective, X, y = problem()
     X = X * torch.tensor([0.1, 0.1, 1.0, 1.0, 3.0, 3.0], dtype=X.dtype)[:, None]
     truth = oracles.dense_hessian(objective, X, y).trace().item()
-    sampler = hessian_sampler(objective, "none", 1.0)
+    sampler = hessian_sampler(objective)
     hits = 0
     for seed in range(400):
         names = list(objective.params)
@@ -177,9 +183,9 @@ def test_stratified_mean_is_the_formula():
     g = generator(2)
     a, b = torch.randn(5, 1, generator=g).double(), 3 + torch.randn(4, 1, generator=g).double()
     running = StratifiedMean()
-    running.add(0, 0.25, a)
-    running.add(1, 0.75, b[:2])
-    running.add(1, 0.75, b[2:])
+    running.add(0, 0.25, a[:, None])
+    running.add(1, 0.75, b[:2, None])
+    running.add(1, 0.75, b[2:, None])
     (mean,) = running.means()
     parts = [(0.25**2 * a.var() / 5).item(), (0.75**2 * b.var() / 4).item()]
     assert mean.value == pytest.approx((0.25 * a.mean() + 0.75 * b.mean()).item())

@@ -1,0 +1,73 @@
+"""H or G of the mean loss over a whole data set, as a matrix that multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from hesstrace_cli.curvature.ggn import ggn_vp
+from hesstrace_cli.curvature.graph import check_graph, gradient
+from hesstrace_cli.curvature.hessian import hvp
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.refusal import refuse
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+class CurvatureMatrix:
+    """The P x P matrix H or G over N examples, in the model's own mode.
+
+    Args:
+        objective: The mean loss of a batch.
+        batches: Gives the same batches on every call.
+        num_examples: N, the examples in all batches together.
+        curvature: "hessian" or "ggn".
+    """
+
+    def __init__(
+        self, objective: Objective, batches: Batches, num_examples: int, curvature: str
+    ) -> None:
+        self.objective = objective
+        self.batches = batches
+        self.num_examples = num_examples
+        self.curvature = curvature
+        self.sizes = [p.numel() for p in objective.params.values()]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(self.sizes)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """The product with the columns of V, shape (P, m), in one pass over the data."""
+        params = self.objective.params
+        total = torch.zeros_like(V)
+        for X, y in self.batches():
+            multiply = self._ggn(X) if self.curvature == "ggn" else self._hessian(X, y)
+            for column in range(V.shape[1]):
+                parts = V[:, column].split(self.sizes)
+                probe = {n: part.view_as(params[n]) for n, part in zip(params, parts, strict=True)}
+                product = torch.cat([part.flatten() for part in multiply(probe).values()])
+                total[:, column] += product.detach() * (len(X) / self.num_examples)
+        return total
+
+    def _ggn(self, X: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        objective = self.objective
+        return lambda v: ggn_vp(lambda p: objective.logits(p, X), objective.params, v)
+
+    def _hessian(self, X: Tensor, y: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        params = self.objective.params
+        try:
+            grad = gradient(self.objective.loss(params, X, y), params, create_graph=True)
+            check_graph(*grad.values())
+        except (RuntimeError, NotImplementedError) as problem:
+            raise refuse(problem, self.objective, X) from problem
+        return lambda v: hvp(grad, params, v)
+
+
+def block_products(A: Tensor, B: Tensor, sizes: list[int]) -> Tensor:
+    """sum_j a_j b_j over the rows of each block, shape (T, m), for A and B of shape (P, m)."""
+    parts = zip(A.split(sizes), B.split(sizes), strict=True)
+    return torch.stack([(a * b).sum(0, dtype=torch.float64) for a, b in parts])

@@ -1,0 +1,141 @@
+"""A checkpoint's model and data, as the file and the flags describe them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesstrace_cli.checkpoints import load_weights, read_checkpoint
+from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.objective import uses_batch_statistics
+from hesstrace_cli.data import DataSet, load_data
+from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.models import build_model, is_plugin
+
+
+def select_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: If it does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ConfigError(f"--device is {name!r}, but this machine has {count} usable CUDA devices")
+    return torch.device(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model on its device, with its data.
+
+    Attributes:
+        model: With the checkpoint's weights.
+        data: What it was trained on, or what the user named.
+        model_name: As it was built.
+        epoch: That the checkpoint was written after, where it says so.
+        warnings: What the user should know of the estimate.
+    """
+
+    model: nn.Module
+    data: DataSet
+    model_name: str
+    epoch: int | None
+    warnings: list[str]
+
+
+def load_checkpoint(path: str, config: EstimateConfig) -> Loaded:
+    """Build the model of a checkpoint and load its data; flags win over what the file says.
+
+    Raises:
+        ModelError: If the checkpoint cannot be read or does not fit.
+        ConfigError: If neither it nor the flags name the model and the data.
+        DataError: If the data is missing or out of range.
+    """
+    checkpoint = read_checkpoint(path)
+    own = checkpoint.content
+    said: dict[str, Any] = own.get("config", {})
+    model_name = config.model or said.get("model")
+    if model_name is None:
+        raise ConfigError(f"checkpoint {path!r} does not say its model; give --model")
+    if config.model is None and is_plugin(model_name):
+        raise ModelError(
+            f"checkpoint {path!r} names the plug-in {model_name!r}, which is imported only if "
+            f"you repeat it: --model {model_name}"
+        )
+    dataset = config.dataset or said.get("dataset")
+    if dataset is None:
+        raise ConfigError(f"checkpoint {path!r} does not say its data; give --dataset")
+    same_data = dataset == said.get("dataset")
+    defaults = said if same_data else {}
+    names = ("data_dir", "image_size", "train_examples", "val_fraction", "num_classes")
+    unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
+    changes: dict[str, Any] = {
+        **unsaid,
+        "model": model_name,
+        "dataset": dataset,
+        "model_arg": config.model_arg or said.get("model_arg", {}),
+    }
+    config = dataclasses.replace(config, **changes)
+    device = select_device(config.device)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    recorded = own.get("preprocess") if same_data else None
+    data = load_data(config, device, dtype=dtype, recorded=recorded)
+    model = build_model(
+        model_name,
+        num_classes=own.get("num_classes", data.num_classes),
+        in_shape=data.in_shape,
+        model_args=config.model_arg,
+        seed=0,
+    )
+    load_weights(model, checkpoint.state_dict, path)
+    model = model.to(device, dtype).eval()
+    notes = [] if checkpoint.note is None else [checkpoint.note]
+    notes += _warnings(model, data, config)
+    return Loaded(model, data, model_name, own.get("epoch"), notes)
+
+
+def _warnings(model: nn.Module, data: DataSet, config: EstimateConfig) -> list[str]:
+    X, _ = next(data.test.batches(2))
+    if uses_batch_statistics(model, X):
+        return [
+            "the model uses batch statistics in eval mode: its loss is the one over batches of "
+            f"{config.batch_size}"
+        ]
+    return []
+
+
+def check_fit(model: nn.Module, data: DataSet, name: str) -> None:
+    """Try the model on two examples.
+
+    Raises:
+        ModelError: If it does not take them, or does not give one logit a class.
+    """
+    X, _ = next(data.test.batches(2))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(X)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model {name!r} does not take inputs of shape {data.in_shape}: {reason}"
+        ) from problem
+    finally:
+        model.train(was_training)
+    if logits.dim() != 2 or logits.shape[1] < data.num_classes:
+        raise ModelError(
+            f"model {name!r} gives outputs of shape {tuple(logits.shape[1:])}, expected "
+            f"({data.num_classes},), a logit for each class of {data.name}"
+        )

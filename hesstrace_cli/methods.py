@@ -1,0 +1,112 @@
+"""Which estimator a trace is taken with, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.exact import PerExampleTrace
+from hesstrace_cli.curvature.linearity import why_not_linear
+from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.per_example import MixedExamples
+from hesstrace_cli.curvature.probes import Scheme
+from hesstrace_cli.curvature.trace import (
+    Sampler,
+    control_variate_sampler,
+    diagonal_sampler,
+    exact_sampler,
+    ggn_sampler,
+    hessian_sampler,
+    signs_sampler,
+)
+from hesstrace_cli.errors import ConfigError
+
+MAX_COLUMNS = 32
+"""With more classes than this, random signs stand for the columns of the logits' factor B."""
+
+MAX_DIAGONAL = 256
+"""Up to so many weights the whole diagonal of H is taken."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An estimator ready to draw.
+
+    Attributes:
+        name: The one used, as the record says.
+        reason: One clause that says why.
+        sampler: Draws its samples on a batch.
+        exact: Whether they have no error.
+    """
+
+    name: str
+    reason: str
+    sampler: Sampler
+    exact: bool = False
+
+
+def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Method:
+    """The estimator that `--method` asks for, or the best one for this model.
+
+    Args:
+        config: Method, curvature, and the dropout scheme's settings.
+        objective: The loss, its model in the mode that the trace is taken in.
+        X: A batch to look at what the model executes.
+
+    Raises:
+        ConfigError: If "exact" is asked for and there is no exact way for this model.
+    """
+    if config.method in ("hutchinson", "dropout"):
+        scheme: Scheme = "none"
+        if config.method == "dropout":
+            scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
+        make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
+        return Method(config.method, "as asked for", make(objective, scheme, config.keep_prob))
+    per_example = _per_example(objective, X)
+    problem = None
+    if config.curvature == "hessian":
+        problem = why_not_linear(call_as_it_is(objective.model, X), objective.params)
+    if isinstance(per_example, str):
+        problem = per_example
+    elif problem is None:
+        return _of_ggn(config.curvature, per_example, X)
+    num_parameters = sum(p.numel() for p in objective.params.values())
+    if config.curvature == "hessian" and num_parameters <= MAX_DIAGONAL:
+        reason = f"the whole diagonal of {num_parameters} weights"
+        return Method("exact", reason, diagonal_sampler(objective), exact=True)
+    if config.method == "exact":
+        other = "--curvature ggn, or " if config.curvature == "hessian" else ""
+        instead = f"use {other if not isinstance(per_example, str) else ''}--method auto"
+        raise ConfigError(f"--method exact is not possible for this model: {problem}; {instead}")
+    if isinstance(per_example, str):
+        make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
+        return Method("hutchinson", problem, make(objective))
+    by_signs = _num_classes(objective, X) > MAX_COLUMNS
+    return Method(
+        "signs+hutchinson" if by_signs else "exact+hutchinson",
+        f"tr(G) {'by signs' if by_signs else 'exactly'}, H - G by Hutchinson: {problem}",
+        control_variate_sampler(objective, per_example, by_signs=by_signs),
+    )
+
+
+def _of_ggn(curvature: str, per_example: PerExampleTrace, X: Tensor) -> Method:
+    equal = "tr(G)" if curvature == "ggn" else "tr(H) = tr(G), the model being piecewise linear,"
+    num_classes = _num_classes(per_example.objective, X)
+    if num_classes > MAX_COLUMNS:
+        reason = f"{equal} by random signs on the {num_classes} logits"
+        return Method("signs", reason, signs_sampler(per_example))
+    reason = f"{equal} from every example's gradient norms"
+    return Method("exact", reason, exact_sampler(per_example), exact=True)
+
+
+def _per_example(objective: Objective, X: Tensor) -> PerExampleTrace | str:
+    try:
+        return PerExampleTrace(objective, X)
+    except MixedExamples as problem:
+        return str(problem)
+
+
+def _num_classes(objective: Objective, X: Tensor) -> int:
+    return call_as_it_is(objective.model, X[:1]).shape[1]
