@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,6 +27,9 @@ from hesstrace_cli.errors import ConfigError
 MAX_COLUMNS = 32
 """With more classes than this, random signs stand for the columns of the logits' factor B."""
 
+DEFAULT_PROBES = 2
+"""Per batch and pass; also the random signs per example."""
+
 MAX_DIAGONAL = 256
 """Up to so many weights the whole diagonal of H is taken."""
 
@@ -39,12 +43,16 @@ class Method:
         reason: One clause that says why.
         sampler: Draws its samples on a batch.
         exact: Whether they have no error.
+        max_passes: After so many without reaching the tolerance, `instead` is cheaper.
+        instead: What to go on with then.
     """
 
     name: str
     reason: str
     sampler: Sampler
     exact: bool = False
+    max_passes: int | None = None
+    instead: Method | None = None
 
 
 def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Method:
@@ -71,10 +79,10 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     if isinstance(per_example, str):
         problem = per_example
     elif problem is None:
-        return _of_ggn(config.curvature, per_example, X)
+        return _of_ggn(config, per_example, X)
     num_parameters = sum(p.numel() for p in objective.params.values())
     if config.curvature == "hessian" and num_parameters <= MAX_DIAGONAL:
-        reason = f"the whole diagonal of {num_parameters} weights"
+        reason = f"the whole diagonal of {num_parameters} weights, as {problem}"
         return Method("exact", reason, diagonal_sampler(objective), exact=True)
     if config.method == "exact":
         other = "--curvature ggn, or " if config.curvature == "hessian" else ""
@@ -83,7 +91,8 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     if isinstance(per_example, str):
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
         return Method("hutchinson", problem, make(objective))
-    by_signs = _num_classes(objective, X) > MAX_COLUMNS
+    num_classes = _num_classes(objective, X)
+    by_signs = num_classes > MAX_COLUMNS or _prefers_signs(config)
     return Method(
         "signs+hutchinson" if by_signs else "exact+hutchinson",
         f"tr(G) {'by signs' if by_signs else 'exactly'}, H - G by Hutchinson: {problem}",
@@ -91,14 +100,29 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     )
 
 
-def _of_ggn(curvature: str, per_example: PerExampleTrace, X: Tensor) -> Method:
-    equal = "tr(G)" if curvature == "ggn" else "tr(H) = tr(G), the model being piecewise linear,"
+def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> Method:
+    is_ggn = config.curvature == "ggn"
+    equal = "tr(G)" if is_ggn else "tr(H) = tr(G), the model being piecewise linear,"
     num_classes = _num_classes(per_example.objective, X)
+    signs = Method(
+        "signs",
+        f"{equal} by random signs on the {num_classes} logits",
+        signs_sampler(per_example),
+    )
     if num_classes > MAX_COLUMNS:
-        reason = f"{equal} by random signs on the {num_classes} logits"
-        return Method("signs", reason, signs_sampler(per_example))
+        return signs
     reason = f"{equal} from every example's gradient norms"
-    return Method("exact", reason, exact_sampler(per_example), exact=True)
+    exact = Method("exact", reason, exact_sampler(per_example), exact=True)
+    num_probes = config.num_probes or DEFAULT_PROBES
+    passes = (num_classes - 1) // (2 * num_probes)
+    if config.method == "exact" or not _prefers_signs(config) or passes == 0:
+        return exact
+    return dataclasses.replace(signs, max_passes=passes, instead=exact)
+
+
+def _prefers_signs(config: EstimateConfig) -> bool:
+    """Whether a tolerance was asked for, which signs reach with less work than all columns."""
+    return config.method == "auto" and bool(config.rtol or config.atol)
 
 
 def _per_example(objective: Objective, X: Tensor) -> PerExampleTrace | str:

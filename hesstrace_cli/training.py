@@ -342,7 +342,7 @@ class Run:
             split = split.subset(stratified_order(split.labels, 0)[:_SUMMARY_EXAMPLES])
         config = EstimateConfig(
             model=self.config.model, dataset=self.config.dataset, seed=self.config.seed,
-            batch_size=min(max(self.config.batch_size, 64), 250), max_passes=50, max_seconds=60,
+            batch_size=min(max(self.config.batch_size, 64), 250), rtol=0.02, max_seconds=60,
         )  # fmt: skip
         place = {"checkpoint": str(self.folder.last), "model": self.config.model,
                  "dataset": self.config.dataset}  # fmt: skip

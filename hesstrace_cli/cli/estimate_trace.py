@@ -59,7 +59,7 @@ def estimate_trace(
 def _on_pass(path: str) -> Any:
     def report(passes: int, total: Mean) -> None:
         error = "" if total.stderr is None else f" ± {total.stderr:.2g}"
-        if passes & (passes - 1) == 0:  # 1, 2, 4, 8, ...: a log that stays short
+        if total.stderr != 0 and passes & (passes - 1) == 0:  # 1, 2, 4, ...: a log that stays short
             screen.say(f"{path}: pass {passes}, trace {total.value:.4g}{error}")
 
     return report
@@ -79,7 +79,8 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
         note = tables.subset_note(record)
         if note is not None:
             screen.say(where + note)
-    inputs = ", ".join(f"{key} {value}" for key, value in first["preprocess"].items())
+    given = {key: value for key, value in first["preprocess"].items() if value is not None}
+    inputs = ", ".join(f"{key} {value}" for key, value in given.items())
     screen.say(
         _DEFINITION.format(
             matrix="H" if first["curvature"] == "hessian" else "G",

@@ -2,13 +2,16 @@
 
     tr(G) = (1/N) sum_i sum_c || J_i^T B_i e_c ||^2,   B B^T = A
 
-C backward passes give it exactly; one with random signs e per example, E[e e^T] = I, gives it
+C - 1 backward passes give it exactly; one with random signs e per example, E[e e^T] = I, gives it
 without bias and with little variance over many examples.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from hesstrace_cli.curvature.ggn import softmax_root
@@ -19,9 +22,27 @@ from hesstrace_cli.curvature.per_example import (
     check_layouts,
     differentiated_norms,
     find_uses,
+    output_shape,
     rule_norms,
 )
 from hesstrace_cli.curvature.probes import rademacher
+
+
+def columns(logits: Tensor) -> Tensor:
+    """C - 1 orthonormal vectors e_c per example with sum_c B e_c e_c^T B^T = A, shape (C-1, N, C).
+
+    B sqrt(p) = 0, so that the columns of a reflection that takes the last axis to sqrt(p) are
+    enough without that last one.
+    """
+    normal = torch.exp(F.log_softmax(logits, -1) / 2)
+    normal[:, -1] += 1
+    normal = normal / normal.norm(dim=-1, keepdim=True)
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)[:-1, None]
+    return eye - 2 * normal[:, :-1].T[..., None] * normal
+
+
+ACTIVATIONS = 1 << 27
+"""Numbers in the outputs of all operations together, of the examples that are worked on at once."""
 
 
 class PerExampleTrace:
@@ -38,7 +59,10 @@ class PerExampleTrace:
     def __init__(self, objective: Objective, X: Tensor) -> None:
         self.objective = objective
         logits = self._logits(X)
-        self._layouts = check_layouts(logits, find_uses(logits, objective.params))
+        uses = find_uses(logits, objective.params)
+        self._layouts = check_layouts(logits, uses)
+        outputs = sum(math.prod(output_shape(use.edge.node)) for use in uses)
+        self._at_once = max(1, ACTIVATIONS * len(X) // max(1, outputs))
 
     def _logits(self, X: Tensor) -> Tensor:
         # The model's own operations: their first derivatives, all that is needed, are right.
@@ -49,18 +73,23 @@ class PerExampleTrace:
         return [name for name in self.objective.params if name not in self._layouts]
 
     def exact(self, X: Tensor) -> Tensor:
-        """Tr of every diagonal block of every G_i, shape (N, T), by C backward passes."""
+        """Traces of the diagonal blocks of every G_i, shape (N, T), by C - 1 backward passes."""
+        return torch.cat([self._exact(part) for part in X.split(self._at_once)])
+
+    def _exact(self, X: Tensor) -> Tensor:
         logits = self._logits(X)
-        num_classes = logits.shape[1]
-        eye = torch.eye(num_classes, dtype=logits.dtype, device=logits.device)
-        e = eye[:, None, :].expand(-1, len(X), -1)
-        return self._blocks(X, logits, e).sum(0)
+        if logits.shape[1] == 1:  # a softmax of one class is constant
+            return logits.new_zeros(len(X), len(self.objective.params), dtype=torch.float64)
+        return self._blocks(X, logits, columns(logits.detach())).sum(0)
 
     def sample(self, X: Tensor, num_samples: int, generator: Generator) -> Tensor:
         """Unbiased samples of them, shape (num_samples, N, T), a backward pass each."""
-        logits = self._logits(X)
-        like = logits.detach().expand(num_samples, *logits.shape)
-        return self._blocks(X, logits, rademacher(like, generator=generator))
+        parts = []
+        for part in X.split(self._at_once):
+            logits = self._logits(part)
+            like = logits.detach().expand(num_samples, *logits.shape)
+            parts.append(self._blocks(part, logits, rademacher(like, generator=generator)))
+        return torch.cat(parts, 1)
 
     def _blocks(self, X: Tensor, logits: Tensor, e: Tensor) -> Tensor:
         objective = self.objective

@@ -33,8 +33,8 @@ from hesstrace_cli.curvature.graph import topological
 from hesstrace_cli.curvature.linearity import operation
 from hesstrace_cli.curvature.probes import Params
 
-CHUNK = 1 << 25
-"""Numbers in the largest temporary tensor of a rule (128 MiB in float32)."""
+CHUNK = 1 << 24
+"""Numbers in the largest temporary tensor of a rule (64 MiB in float32)."""
 
 Norms = dict[str, Tensor]
 
@@ -254,7 +254,7 @@ def _broadcast(node: Any, place: int, leaf: Tensor) -> NormsOf | None:
         factor = None
     else:
         return None
-    size = _output_shape(node)
+    size = output_shape(node)
     shape = [1] * (len(size) - leaf.dim()) + list(leaf.shape)
     summed = [d for d in range(_lead(node, leaf), len(size)) if shape[d] == 1]
 
@@ -270,12 +270,13 @@ def _broadcast(node: Any, place: int, leaf: Tensor) -> NormsOf | None:
 
 def _lead(node: Any, leaf: Tensor) -> int:
     """How many leading dimensions of the output a broadcast parameter lacks."""
-    size = _output_shape(node)
+    size = output_shape(node)
     shape = [1] * (len(size) - leaf.dim()) + list(leaf.shape)
     return next((d for d, length in enumerate(shape) if length != 1), len(size))
 
 
-def _output_shape(node: Any) -> list[int]:
+def output_shape(node: Any) -> list[int]:
+    """The shape of what an operation gave."""
     return list(node._input_metadata[0].shape)
 
 
@@ -350,7 +351,7 @@ def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
         norms = _broadcast(node, place, leaf) if flatten else None
     if norms is None:
         return None
-    shape = _output_shape(node)
+    shape = output_shape(node)
     if kind in ("NativeLayerNorm", "Embedding"):
         flatten = len(shape) - (1 if kind == "Embedding" else len(node._saved_normalized_shape))
     num_rows = math.prod(shape[:flatten])

@@ -72,7 +72,8 @@ def trace_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     rows = []
     for r in records:
         interval = "-" if r["ci95"] is None else f"[{number(r['ci95'][0])}, {number(r['ci95'][1])}]"
-        passes = f"{r['passes']} x {r['num_probes']}" if r["num_probes"] else str(r["passes"])
+        per_batch = r["num_probes"] and r["method"] not in ("hutch++", "xtrace")
+        passes = f"{r['passes']} x {r['num_probes']}" if per_batch else str(r["passes"])
         rows.append([
             r["checkpoint"], with_error(r["trace"], r["stderr"]),
             "-" if r["stderr"] == 0 else interval, number(r["loss"]),

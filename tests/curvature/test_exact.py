@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hesstrace_cli.curvature import per_example
-from hesstrace_cli.curvature.exact import PerExampleTrace, hessian_diagonal_traces
+from hesstrace_cli.curvature import exact, per_example
+from hesstrace_cli.curvature.exact import PerExampleTrace, columns, hessian_diagonal_traces
+from hesstrace_cli.curvature.ggn import softmax_root
 from hesstrace_cli.curvature.linearity import why_not_linear
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
 from hesstrace_cli.curvature.per_example import MixedExamples
@@ -270,6 +271,17 @@ def test_every_example_has_its_dense_trace(name, chunk, monkeypatch):
     torch.testing.assert_close(traces.exact(X[:1]), truth[:1], rtol=1e-9, atol=1e-12)
 
 
+def test_examples_worked_on_at_once_make_no_difference(monkeypatch):
+    objective, X, _ = build(CASES["transformer"])
+    whole = PerExampleTrace(objective, X)
+    monkeypatch.setattr(exact, "ACTIVATIONS", 1)
+    parts = PerExampleTrace(objective, X)
+    torch.testing.assert_close(parts.exact(X), whole.exact(X))
+    generator = torch.Generator()
+    for traces in (whole, parts):
+        assert traces.sample(X, 2, generator.manual_seed(0)).shape == (2, 6, len(objective.params))
+
+
 def test_rules_are_used_where_there_are_some():
     """What is left to differentiation example by example is known."""
     left = {
@@ -281,6 +293,16 @@ def test_rules_are_used_where_there_are_some():
         "tied": ["a.weight"],
         "conv3d": ["kernel"],
     }
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_columns_make_up_the_softmax_hessian(scale):
+    logits = scale * torch.randn(5, 4, dtype=torch.float64)
+    u = softmax_root(logits, columns(logits))
+    assert len(u) == 3
+    p = F.softmax(logits, -1)
+    A = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(torch.einsum("knc,knd->ncd", u, u), A, rtol=1e-12, atol=1e-14)
 
 
 def test_signs_are_unbiased():
