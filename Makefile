@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/hesstrace train --reg trace --lambda 0.01 --out $(DEMO)/train
 	$(BIN)/hesstrace estimate-trace $(DEMO)/train/last.pt --per-layer
-	$(BIN)/hesstrace compare --reg none --reg trace=0.01 --seeds 0,1 --out $(DEMO)/compare
+	$(BIN)/hesstrace compare --reg none --reg trace=0.01 --epochs 30 --seeds 0,1 --out $(DEMO)/compare
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -101,6 +101,16 @@ def trained(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> nn.
 
 
 def truth_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """tr(H) in float64, computed once and kept in `--cache`."""
+    label = f"truth-{name}-{arguments.examples}-{arguments.epochs}-{arguments.truth_products}"
+    file = Path(arguments.cache) / f"{label}.json"
+    if not file.is_file():
+        record = computed_truth(name, arguments)
+        file.write_text(json.dumps(record))
+    return json.loads(file.read_text())
+
+
+def computed_truth(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, split = trained(name, arguments, torch.float64), data_of(arguments, torch.float64)
     objective = Objective(model, trainable(model))
     matrix = CurvatureMatrix(
@@ -322,7 +332,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=12, help="of Hutchinson's method")
     parser.add_argument("--repeats", type=int, default=4, help="of XTrace")
-    parser.add_argument("--truth-products", type=int, default=120)
+    parser.add_argument("--truth-products", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=120, help="at most, for one of our own")
     parser.add_argument("--cache", default="benchmarks/.cache")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
