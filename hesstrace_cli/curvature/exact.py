@@ -17,12 +17,12 @@ from torch import Generator, Tensor
 from hesstrace_cli.curvature.ggn import softmax_root
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp
+from hesstrace_cli.curvature.norm_rules import output_shape
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.curvature.per_example import (
     check_layouts,
     differentiated_norms,
     find_uses,
-    output_shape,
     rule_norms,
 )
 from hesstrace_cli.curvature.probes import rademacher

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hesstrace_cli.curvature import exact, per_example
+from hesstrace_cli.curvature import exact, norm_rules
 from hesstrace_cli.curvature.exact import PerExampleTrace, columns, hessian_diagonal_traces
 from hesstrace_cli.curvature.ggn import softmax_root
 from hesstrace_cli.curvature.linearity import why_not_linear
@@ -260,10 +260,10 @@ def truth_of(objective, X):
     return torch.stack([torch.stack([b.sum() for b in d.split(sizes)]) for d in per_example])
 
 
-@pytest.mark.parametrize("chunk", [1, per_example.CHUNK])
+@pytest.mark.parametrize("chunk", [1, norm_rules.CHUNK])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_example_has_its_dense_trace(name, chunk, monkeypatch):
-    monkeypatch.setattr(per_example, "CHUNK", chunk)
+    monkeypatch.setattr(norm_rules, "CHUNK", chunk)
     objective, X, _ = build(SHAPES[name])
     truth = truth_of(objective, X)
     traces = PerExampleTrace(objective, X)
