@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torchvision.transforms.v2.functional import to_pil_image
 from typer.testing import CliRunner
 
 from hesstrace_cli.checkpoints import read_checkpoint
@@ -271,6 +273,30 @@ def test_several_checkpoints(checkpoint):
     paths = (checkpoint, checkpoint.with_name("best.pt"))
     result = invoke("estimate-trace", *paths, "--json", "-", "--num-probes", "2")
     assert json.loads(result.stdout)["schema"] == "hesstrace/traces/1"
+
+
+def test_a_torchvision_model_on_image_folders(tmp_path):
+    """1,000 classes, a bare state dict in half precision, images of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        file = tmp_path / "images" / ("train" if number < 9 else "val") / "ab"[number % 2]
+        file.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (3, 40 + number, 50), generator=generator).byte()
+        to_pil_image(pixels).save(file / f"{number}.png")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchvision.models.resnet18()
+    torch.save(model.half().state_dict(), tmp_path / "bare.pth")
+    arguments = (
+        "estimate-trace", tmp_path / "bare.pth", "--model", "torchvision:resnet18", "--dataset",
+        f"imagefolder:{tmp_path / 'images'}", "--image-size", "32", "--num-classes", "1000",
+        "--val-fraction", "0", "--num-probes", "2", "--json", "-",
+    )  # fmt: skip
+    record = json.loads(invoke(*arguments, "--max-passes", "1").stdout)
+    assert record["method"] == "signs"
+    assert record["num_parameters"] == 11_689_512
+    assert record["num_examples"] == 9
+    assert record["stderr"] < record["trace"] / 2
 
 
 def test_plugins(tmp_path):
