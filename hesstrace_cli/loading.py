@@ -113,8 +113,11 @@ def _warnings(model: nn.Module, data: DataSet, config: EstimateConfig) -> list[s
     return []
 
 
-def check_fit(model: nn.Module, data: DataSet, name: str) -> None:
+def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     """Try the model on two examples.
+
+    Returns:
+        The number of its logits.
 
     Raises:
         ModelError: If it does not take them, or does not give one logit a class.
@@ -139,3 +142,4 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> None:
             f"model {name!r} gives outputs of shape {tuple(logits.shape[1:])}, expected "
             f"({data.num_classes},), a logit for each class of {data.name}"
         )
+    return logits.shape[1]

@@ -18,7 +18,8 @@ _PLACE = ("out", "resume", "device", "num_workers", "data_dir", "download")
 
 def default_folder(config: TrainConfig, root: str = "runs") -> Path:
     """The folder `<root>/<data>-<model>-<regularizers>-seed<seed>`."""
-    name = row_name(parse_row(config.reg, config.lambda_)).replace("=", "").replace(",", "+")
+    row = row_name(parse_row(config.reg, config.lambda_)).replace("=", "").replace(",", "+")
+    name = re.sub(r"[^\w.+-]+", "-", row)
     parts = [_short(config.dataset), _short(config.model), name, f"seed{config.seed}"]
     return Path(root) / "-".join(parts)
 

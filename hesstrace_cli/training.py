@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from torch import Generator, Tensor, nn
 from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
 from hesstrace_cli.curvature.differentiable import differentiable_ops
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import LossFunc, Objective, trainable
 from hesstrace_cli.data import DataSet, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError, Stopped
 from hesstrace_cli.estimation import evaluate, trace_record, versions
 from hesstrace_cli.loading import check_fit, select_device
 from hesstrace_cli.models import build_model
-from hesstrace_cli.regularizers import Regularizer, Step, build, choose_curvature
-from hesstrace_cli.regularizers.trace import CurvatureChoice
+from hesstrace_cli.regularizers import Regularizer, Step, build
+from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
 from hesstrace_cli.runs import RunFolder, default_folder
 
 SCHEMA = "hesstrace/run/1"
@@ -109,8 +110,9 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.data.train) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.row = parse_row(config.reg, config.lambda_)
+        self.loss_func: LossFunc = F.cross_entropy
         self.curvature = self._choose_curvature()
-        self.regularizers: list[Regularizer] = build(self.row, config, self.curvature.curvature)
+        self.regularizers = self._build_regularizers()
         self.order = max([1, *(r.order for r in self.regularizers)])
         self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
         self.sums = Sums.zero(self.device)
@@ -131,7 +133,7 @@ class Run:
         if config.init is not None:
             load_weights(model, read_checkpoint(config.init).state_dict, config.init)
         model = model.to(self.device).train()
-        check_fit(model, self.data, config.model)
+        self.num_logits = check_fit(model, self.data, config.model)
         return model
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -146,8 +148,20 @@ class Run:
         X, _ = next(self.data.train.batches(2))
         return choose_curvature(self.config.curvature, self._objective(), X)
 
+    def _build_regularizers(self) -> list[Regularizer]:
+        resolved = dataclasses.replace(
+            self.config, curvature=self.curvature.curvature, num_classes=self.num_logits
+        )
+        regularizers = build(self.row, resolved)
+        for regularizer in regularizers:
+            regularizer.attach(self.model)
+        smoothing = sum(regularizer.label_smoothing for regularizer in regularizers)
+        if smoothing:
+            self.loss_func = partial(F.cross_entropy, label_smoothing=smoothing)
+        return regularizers
+
     def _objective(self) -> Objective:
-        return Objective(self.model, trainable(self.model))
+        return Objective(self.model, trainable(self.model), self.loss_func)
 
     @property
     def finished(self) -> bool:
@@ -211,21 +225,16 @@ class Run:
         targets = y
         for regularizer in self.regularizers:
             X, targets = regularizer.transform(X, targets, generator)
+        if any(regularizer.needs_input_gradient for regularizer in self.regularizers):
+            X = X.detach().requires_grad_()
         if self.order > 1:
             with differentiable_ops(order=self.order):
                 logits = self.model(X)
         else:
             logits = self.model(X)
-        loss = F.cross_entropy(logits, targets)
-        total = loss
-        step = Step(self._objective(), X, targets, logits, self.step, progress, generator)
-        for regularizer in self.regularizers:
-            term = regularizer.term(step)
-            if term is not None:
-                total = total + term.weight * term.value
-                if regularizer.name == "trace":
-                    self.sums.penalty += term.value.detach()
-                    self.sums.penalty_steps += 1
+        loss = self.loss_func(logits, targets)
+        step = Step(self._objective(), X, targets, logits, loss, self.step, progress, generator)
+        total = self._add_terms(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, progress)
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,6 +244,21 @@ class Run:
         self.sums.loss += loss.detach() * len(y)
         self.sums.correct += (logits.detach().argmax(1) == y).sum()
         self.sums.examples += len(y)
+
+    def _add_terms(self, step: Step) -> Tensor:
+        plain, total = step.loss, torch.zeros_like(step.loss)
+        for regularizer in self.regularizers:
+            term = regularizer.term(step)
+            if term is None:
+                continue
+            if term.replaces:
+                plain = term.value
+                continue
+            total = total + term.weight * term.value
+            if isinstance(regularizer, TracePenalty):
+                self.sums.penalty += term.value.detach()
+                self.sums.penalty_steps += 1
+        return plain + total
 
     def _generator(self, stream: str, device: torch.device) -> Generator:
         return Generator(device).manual_seed(derived_seed(self.config.seed, stream, self.step))

@@ -12,25 +12,46 @@ from hesstrace_cli.errors import ConfigError
 
 @dataclass(frozen=True)
 class StrengthSpec:
-    """What the number behind NAME= means for one regularizer.
+    """One regularizer: what the number behind NAME= means, and what makes it.
 
     Attributes:
-        default: Used where none is given.
+        made_by: Its class, as `module:Class`, imported when it is used.
+        default: The strength used where none is given.
         unit: What the strength multiplies or measures.
         maximum: Largest value allowed; infinite where any is.
         is_penalty: Whether it adds a weighted term to the loss, so that `--lambda` may name it.
     """
 
+    made_by: str
     default: float
     unit: str
     maximum: float = math.inf
     is_penalty: bool = False
 
 
+_HERE = "hesstrace_cli.regularizers"
 REGULARIZERS: dict[str, StrengthSpec] = {
-    "trace": StrengthSpec(0.01, "weight of tr(H) or tr(G) of the mean loss", is_penalty=True),
+    "trace": StrengthSpec(
+        f"{_HERE}.trace:TracePenalty", 0.01, "weight of tr(H) or tr(G)", is_penalty=True
+    ),
+    "jacobian": StrengthSpec(
+        f"{_HERE}.jacobian:JacobianPenalty", 0.01, "weight of ||df/dx||^2 / 2", is_penalty=True
+    ),
+    "confidence": StrengthSpec(
+        f"{_HERE}.confidence:ConfidencePenalty", 0.1, "weight of minus the entropy", is_penalty=True
+    ),
+    "grad-norm": StrengthSpec(
+        f"{_HERE}.grad_norm:GradientNorm", 0.01, "weight of ||grad L||", is_penalty=True
+    ),
+    "label-smoothing": StrengthSpec(
+        f"{_HERE}.label_smoothing:LabelSmoothing", 0.1, "share spread over the classes", 1.0
+    ),
+    "cutout": StrengthSpec(f"{_HERE}.cutout:Cutout", 8, "side in pixels"),
+    "mixup": StrengthSpec(f"{_HERE}.mixup:Mixup", 0.2, "alpha of Beta(alpha, alpha)"),
+    "dropout": StrengthSpec(f"{_HERE}.dropout:Dropout", 0.2, "drop probability", 0.95),
+    "sam": StrengthSpec(f"{_HERE}.sam:SharpnessAware", 0.05, "radius rho"),
+    "nso": StrengthSpec(f"{_HERE}.nso:NoiseStability", 0.01, "standard deviation of the noise"),
 }
-
 
 UNUSED_LAMBDA = (
     "--lambda is given, but no penalty without a strength of its own that it could be for; "
@@ -38,38 +59,49 @@ UNUSED_LAMBDA = (
 )
 
 
+def _is_penalty(name: str) -> bool:
+    return name not in REGULARIZERS or REGULARIZERS[name].is_penalty
+
+
 def takes_lambda(terms: Sequence[tuple[str, float | None]]) -> bool:
     """Whether a penalty without a strength of its own is among the terms."""
-    return any(REGULARIZERS[name].is_penalty and strength is None for name, strength in terms)
+    return any(_is_penalty(name) and strength is None for name, strength in terms)
 
 
 def parse_terms(entries: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Split `NAME[=STRENGTH]` entries, joined with commas or not; "none" gives no term."""
+    """Split `NAME[=STRENGTH]` entries, joined with commas or not; "none" gives no term.
+
+    Raises:
+        ConfigError: If a name is unknown or given twice, or a strength is out of range.
+    """
     terms: list[tuple[str, float | None]] = []
     for part in (part.strip() for entry in entries for part in entry.split(",")):
         name, equals, text = part.partition("=")
         if name == "none" and not equals:
             continue
-        if name not in REGULARIZERS:
+        if name not in REGULARIZERS and ":" not in name:
             known = ["none", *REGULARIZERS]
             raise ConfigError(
-                f"no regularizer is called {name!r}{nearest(name, known)} Known: {', '.join(known)}"
+                f"no regularizer is called {name!r}{nearest(name, known)} "
+                f"Known: {', '.join(known)}, or FILE.py:Class"
             )
         terms.append((name, _strength(name, text) if equals else None))
     names = [name for name, _ in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"a regularizer is given twice: {', '.join(entries)}")
+    if {"sam", "nso"} <= set(names):
+        raise ConfigError("sam and nso both stand in the place of the loss; use one of them")
     return terms
 
 
 def _strength(name: str, text: str) -> float:
+    maximum = REGULARIZERS[name].maximum if name in REGULARIZERS else math.inf
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= REGULARIZERS[name].maximum or math.isinf(value):
-        limit = REGULARIZERS[name].maximum
-        upto = "" if math.isinf(limit) else f" and at most {limit:g}"
+    if not 0 <= value <= maximum or math.isinf(value):
+        upto = "" if math.isinf(maximum) else f" and at most {maximum:g}"
         raise ConfigError(
             f"the strength of {name} is {text!r}, expected a number that is at least 0{upto}"
         )
@@ -84,7 +116,7 @@ def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]
             `--lambda` could mean none or more than one of the penalties.
     """
     terms = parse_terms(entries)
-    open_penalties = [n for n, s in terms if s is None and REGULARIZERS[n].is_penalty]
+    open_penalties = [n for n, s in terms if s is None and _is_penalty(n)]
     if lambda_ is not None and not open_penalties:
         raise ConfigError(UNUSED_LAMBDA)
     if lambda_ is not None and len(open_penalties) > 1:
@@ -95,6 +127,8 @@ def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]
     for name, strength in terms:
         if strength is None:
             strength = lambda_ if name in open_penalties else None
+        if strength is None and name not in REGULARIZERS:
+            raise ConfigError(f"{name!r} has no default strength; write {name}=STRENGTH")
         row[name] = REGULARIZERS[name].default if strength is None else strength
     return row
 

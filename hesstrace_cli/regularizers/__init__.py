@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.config import REGULARIZERS, TrainConfig
+from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.plugins import load_factory
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
-from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
 
-__all__ = ["CurvatureChoice", "Regularizer", "Step", "Term", "build", "choose_curvature"]
+__all__ = ["Regularizer", "Step", "Term", "build"]
 
 
-def build(row: Mapping[str, float], config: TrainConfig, curvature: str) -> list[Regularizer]:
+def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
     """The regularizers of a row; one with strength 0 is left out, as it changes nothing.
 
     Args:
-        row: Strengths by name, as `config.parse_row` gives them.
-        config: Settings that single regularizers have of their own.
-        curvature: The resolved `--curvature`.
+        row: Strengths by name, as `config.parse_row` gives them; a name may be a user's
+            `FILE.py:Class`.
+        config: The run's settings, `curvature` resolved.
+
+    Raises:
+        ConfigError: If a user's file or class is not there, or is no regularizer.
     """
     built: list[Regularizer] = []
     for name, strength in row.items():
         if strength == 0:
             continue
-        if name == "trace":
-            built.append(TracePenalty(strength, config, curvature))
+        factory = load_factory(REGULARIZERS[name].made_by if name in REGULARIZERS else name,
+                               ConfigError)  # fmt: skip
+        regularizer = factory(strength, config)
+        if not isinstance(regularizer, Regularizer):
+            raise ConfigError(
+                f"{name!r} gave a {type(regularizer).__name__}, expected a "
+                "hesstrace_cli.regularizers.Regularizer"
+            )
+        built.append(regularizer)
     return built

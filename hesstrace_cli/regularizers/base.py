@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
+from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective
 
 
@@ -18,6 +20,7 @@ class Step:
         X: The inputs, as the model saw them.
         targets: Class numbers (N,) or probabilities (N, C).
         logits: Of the ordinary forward pass, shape (N, C), with their graph.
+        loss: Of those logits, 0-dim, with its graph.
         index: Number of the step in the run, from 0.
         progress: The share of the run that is done, in [0, 1).
         generator: Source of this regularizer's randomness in this step, on the device.
@@ -27,9 +30,21 @@ class Step:
     X: Tensor
     targets: Tensor
     logits: Tensor
+    loss: Tensor
     index: int
     progress: float
     generator: Generator
+
+    def loss_at(self, shift: dict[str, Tensor]) -> Tensor:
+        """The loss at other parameters, w + shift; running statistics stay as they are.
+
+        For first derivatives only: the model runs its own operations.
+        """
+        objective = self.objective
+        moved = {name: p + shift[name] for name, p in objective.params.items()}
+        buffers = {name: buffer.clone() for name, buffer in objective.model.named_buffers()}
+        logits: Tensor = functional_call(objective.model, {**moved, **buffers}, (self.X,))
+        return objective.loss_func(logits, self.targets)
 
 
 @dataclass(frozen=True)
@@ -39,27 +54,36 @@ class Term:
     Attributes:
         weight: Its strength at this step.
         value: What is weighted, 0-dim, with a graph to the parameters.
+        replaces: Whether it stands in the place of the plain loss, rather than beside it.
     """
 
     weight: float
     value: Tensor
+    replaces: bool = False
 
 
 class Regularizer:
-    """Changes a step's batch, or adds a term to its loss; both hooks do nothing by default.
+    """Changes a step's batch, its loss, or the model; every hook does nothing by default.
 
     Attributes:
-        name: As on the command line.
         strength: The number behind `NAME=`; its unit is in `config.REGULARIZERS`.
+        config: The run's settings, `curvature` resolved.
         order: The highest derivative taken through the ordinary forward pass; 2 and more
             make it run inside `differentiable_ops(order=...)`.
+        needs_input_gradient: Whether the ordinary forward pass must keep a graph to the inputs.
+        label_smoothing: Of the cross-entropy trained on.
     """
 
-    name: str
     order: int = 1
+    needs_input_gradient: bool = False
+    label_smoothing: float = 0.0
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, config: TrainConfig) -> None:
         self.strength = strength
+        self.config = config
+
+    def attach(self, model: nn.Module) -> None:
+        """Change the model, once, before the first step; its parameters' names must stay."""
 
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """The batch to train on."""

@@ -58,17 +58,13 @@ class TracePenalty(Regularizer):
 
     Args:
         strength: lambda at full strength, in units of loss per trace.
-        config: Estimator, scheme, keep probability, probes, interval and warm-up.
-        curvature: "hessian" or "ggn", already resolved.
+        config: Estimator, scheme, keep probability, probes, interval, warm-up, and the curvature,
+            already resolved.
     """
 
-    name = "trace"
-
-    def __init__(self, strength: float, config: TrainConfig, curvature: str) -> None:
-        super().__init__(strength)
-        self.config = config
-        self.curvature = curvature
-        self.order = 2 if curvature == "ggn" else 1
+    def __init__(self, strength: float, config: TrainConfig) -> None:
+        super().__init__(strength, config)
+        self.order = 2 if config.curvature == "ggn" else 1
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
             self.scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
@@ -85,7 +81,7 @@ class TracePenalty(Regularizer):
         weight = self.weight(step.progress)
         if weight == 0 or step.index % self.config.every:
             return None
-        sample = self._ggn_sample if self.curvature == "ggn" else self._hessian_sample
+        sample = self._ggn_sample if self.config.curvature == "ggn" else self._hessian_sample
         try:
             value = torch.stack([sample(step) for _ in range(self.config.num_probes)]).mean()
             if not self._graph_checked:

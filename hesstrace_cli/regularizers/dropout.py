@@ -1,0 +1,36 @@
+"""Dropout of the features that the last linear layer reads.
+
+Source:
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    JMLR 2014.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from hesstrace_cli.errors import ModelError
+from hesstrace_cli.regularizers.base import Regularizer
+
+
+class Dropout(Regularizer):
+    """Drops each feature with probability `strength`, in training mode only."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Put it in front of the model's last linear layer.
+
+        Raises:
+            ModelError: If the model has no `torch.nn.Linear`.
+        """
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ModelError("dropout stands before the last torch.nn.Linear; the model has none")
+
+        def drop(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            features = F.dropout(inputs[0], self.strength, training=model.training)
+            return (features, *inputs[1:])
+
+        linear[-1].register_forward_pre_hook(drop)

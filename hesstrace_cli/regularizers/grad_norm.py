@@ -1,0 +1,32 @@
+"""The gradient-norm penalty, by exact double differentiation.
+
+    loss + lambda ||grad L(w)||_2
+
+Source:
+    Zhao, Zhang, Hu, "Penalizing gradient norm for efficiently improving generalization in deep
+    learning", ICML 2022.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hesstrace_cli.curvature.graph import check_graph, gradient
+from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.regularizers.base import Regularizer, Step, Term
+
+
+class GradientNorm(Regularizer):
+    """Penalizes the norm of the batch's gradient."""
+
+    order = 2
+
+    def term(self, step: Step) -> Term:
+        """The norm over all trainable parameters."""
+        try:
+            grad = gradient(step.loss, step.objective.params, create_graph=True)
+            check_graph(*grad.values())
+        except (RuntimeError, NotImplementedError) as problem:
+            raise refuse(problem, step.objective, step.X) from problem
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in grad.values()])
+        return Term(self.strength, torch.linalg.vector_norm(norms))

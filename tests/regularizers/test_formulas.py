@@ -1,0 +1,197 @@
+"""Every regularizer against its formula on paper, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.regularizers import Step, build
+from tests.curvature import oracles
+from tests.curvature.zoo import make
+
+CONFIG = TrainConfig(warmup=0.0, num_classes=3, curvature="ggn", estimator="hutchinson")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def the(name, strength, **settings):
+    (regularizer,) = build({name: strength}, dataclasses.replace(CONFIG, **settings))
+    return regularizer
+
+
+def step_of(regularizer, case="gelu", seed=0, objective=None):
+    model, X, y = make(case, train=True)
+    objective = objective or Objective(model, trainable(model))
+    X = X.requires_grad_(regularizer.needs_input_gradient)
+    logits = objective.model(X)
+    loss = objective.loss_func(logits, y)
+    return Step(objective, X, y, logits, loss, 0, 0.5, generator(seed))
+
+
+def moved(objective, shift):
+    """A copy of the model's loss at w + shift, by moving the weights themselves."""
+    with torch.no_grad():
+        for name, p in objective.params.items():
+            p.add_(shift[name])
+
+
+def flat_gradient(value, objective):
+    grads = torch.autograd.grad(
+        value, list(objective.params.values()), retain_graph=True, materialize_grads=True
+    )
+    return torch.cat([g.flatten() for g in grads])
+
+
+def test_jacobian():
+    penalty = the("jacobian", 0.3)
+    step = step_of(penalty)
+    J = torch.autograd.functional.jacobian(
+        lambda X: step.objective.model(X).sum(0), step.X, create_graph=False
+    )  # (C, N, d): examples are independent of each other
+    truth = J.square().sum() / len(step.X) / 2
+    values = torch.stack([penalty.term(step_of(penalty, seed=s)).value for s in range(800)])
+    assert penalty.term(step).weight == 0.3
+    assert abs(values.mean() - truth) < 4 * values.std() / 800**0.5
+    assert flat_gradient(penalty.term(step).value, step.objective).any()
+
+
+def test_confidence():
+    penalty = the("confidence", 0.3)
+    step = step_of(penalty)
+    p = F.softmax(step.logits, 1)
+    entropy = -(p * p.log()).sum(1).mean()
+    term = penalty.term(step)
+    torch.testing.assert_close(term.weight * term.value, -0.3 * entropy)
+
+
+def test_label_smoothing():
+    regularizer = the("label-smoothing", 0.3)
+    step = step_of(regularizer)
+    smoothed = partial(F.cross_entropy, label_smoothing=regularizer.label_smoothing)
+    target = 0.7 * F.one_hot(step.targets, 3) + 0.1
+    by_hand = -(target * F.log_softmax(step.logits, 1)).sum(1).mean()
+    torch.testing.assert_close(smoothed(step.logits, step.targets), by_hand)
+
+
+def test_cutout():
+    cutout, X = the("cutout", 4), torch.ones(2000, 2, 10, 12)
+    erased, y = cutout.transform(X, torch.arange(2000), generator())
+    holes = erased == 0
+    assert torch.equal(holes[:, 0], holes[:, 1])
+    assert torch.equal(y, torch.arange(2000))
+    rows, columns = holes[:, 0].any(2), holes[:, 0].any(1)
+    assert torch.equal(holes[:, 0], rows[:, :, None] & columns[:, None, :])  # one rectangle
+    assert rows.sum(1).max() == 4
+    assert columns.sum(1).min() == 2  # half of it beyond the border
+    # A side of 4 at a uniform centre covers (4 + 4 + ... + 3 + 2 + 3) / n rows on average.
+    assert abs(rows.sum(1).float().mean() - (4 * 10 - 2 - 1 - 1) / 10) < 0.1
+    assert (X == 1).all()
+    with pytest.raises(ConfigError, match="cutout=13"):
+        the("cutout", 13).transform(X, y, generator())
+
+
+def test_mixup():
+    mixup, X, y = the("mixup", 0.4), torch.eye(3), torch.arange(3)
+    shares = []
+    for seed in range(1500):
+        mixed, targets = mixup.transform(X, y, generator(seed))
+        torch.testing.assert_close(mixed, targets)  # inputs and targets are mixed alike
+        torch.testing.assert_close(mixed.sum(1), torch.ones(3))
+        shares.append(mixed[0, 0].item())
+    off = torch.tensor([s for s in shares if s != 1.0])
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)).
+    assert abs(off.mean() - 0.5) < 0.05
+    assert abs(off.var() - 1 / (4 * 1.8)) < 0.02
+    soft = mixup.transform(X, F.one_hot(y, 3).float(), generator())
+    torch.testing.assert_close(soft, mixup.transform(X, y, generator()))
+
+
+def test_dropout():
+    model = nn.Sequential(nn.Linear(3, 400), nn.Linear(400, 2, bias=False))
+    nn.init.ones_(model[1].weight)
+    X = torch.randn(5, 3)
+    plain = model(X)
+    the("dropout", 0.25).attach(model)
+    assert torch.equal(model.eval()(X), plain)
+    model.train()
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    kept = model(torch.ones(1, 3)) / (3 / 0.75)  # each feature is 3, scaled by 1 / .75
+    assert abs(kept[0, 0].item() / 400 - 0.75) < 0.1
+    with pytest.raises(ModelError, match="Linear"):
+        the("dropout", 0.1).attach(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("case", ["gelu", "batch_norm_1d"])
+def test_sam(case):
+    sam = the("sam", 0.2)
+    step = step_of(sam, case)
+    term = sam.term(step)
+    assert term.replaces
+    objective = step.objective
+    slope = flat_gradient(term.value, objective)
+    g = flat_gradient(step.loss, objective)
+    moved(objective, oracles.unflatten(0.2 * g / g.norm(), objective.params))
+    at = F.cross_entropy(objective.model(step.X), step.targets)
+    torch.testing.assert_close(term.value, at)
+    torch.testing.assert_close(slope, flat_gradient(at, objective))
+
+
+def test_nso():
+    nso = the("nso", 1e-3)
+    step = step_of(nso)
+    objective = step.objective
+    H = oracles.dense_hessian(objective, step.X, step.targets)
+    truth = 1e-6 / 2 * H.trace()
+    rises = []
+    for seed in range(800):
+        step = dataclasses.replace(step, generator=generator(seed))
+        rises.append((nso.term(step).value - step.loss).item())
+    rises = torch.tensor(rises)
+    assert nso.term(step).replaces
+    assert abs(rises.mean() - truth) < 4 * rises.std() / 800**0.5
+
+
+@pytest.mark.parametrize("case", ["gelu", "batch_norm_1d", "layer_norm"])
+def test_grad_norm(case):
+    penalty = the("grad-norm", 0.3)
+    step = step_of(penalty, case)
+    objective, value = step.objective, penalty.term(step).value
+    torch.testing.assert_close(value, flat_gradient(step.loss, objective).norm())
+    w = oracles.flatten(objective.params)
+    u = torch.randn(w.shape, generator=generator(3), dtype=w.dtype)
+    slope = flat_gradient(value, objective) @ u
+
+    def norm_at(flat):
+        values = oracles.unflatten(flat, objective.params)
+        values = {name: v.detach().requires_grad_() for name, v in values.items()}
+        buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
+        logits = torch.func.functional_call(objective.model, {**values, **buffers}, (step.X,))
+        grads = torch.autograd.grad(F.cross_entropy(logits, step.targets), list(values.values()))
+        return torch.cat([g.flatten() for g in grads]).norm()
+
+    truth = oracles.first_difference(norm_at, w, u)
+    torch.testing.assert_close(slope, truth, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_strength_zero_is_left_out_and_defaults_are_documented(name):
+    assert build({name: 0.0}, CONFIG) == []
+    assert parse_row([name], None) == {name: REGULARIZERS[name].default}
+    assert build({name: REGULARIZERS[name].default}, CONFIG)
+    assert REGULARIZERS[name].unit
+
+
+def test_sam_and_nso_exclude_each_other():
+    with pytest.raises(ConfigError, match="in the place of the loss"):
+        parse_row(["sam=0.1", "nso=0.1"], None)

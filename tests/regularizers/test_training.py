@@ -1,0 +1,99 @@
+"""What training with each regularizer does, on real digits: the sign is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hesstrace_cli.errors import Stopped
+from hesstrace_cli.regularizers.confidence import mean_entropy
+from hesstrace_cli.regularizers.jacobian import jacobian_sample
+from tests.conftest import make_run, train_to_end
+
+
+def outputs(run):
+    run.model.eval()
+    X, y = next(run.data.train.batches(1000))
+    X = X.requires_grad_()
+    return X, y, run.model(X)
+
+
+def entropy(run):
+    return mean_entropy(outputs(run)[2]).item()
+
+
+def jacobian(run):
+    X, _, logits = outputs(run)
+    g = torch.Generator().manual_seed(0)
+    return sum(jacobian_sample(logits, X, g).item() for _ in range(20)) / 20
+
+
+def gradient_norm(run):
+    _, y, logits = outputs(run)
+    loss = F.cross_entropy(logits, y)
+    grads = torch.autograd.grad(loss, list(run.model.parameters()))
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
+def trace(run):
+    return run.finish()["trace"]["trace"]
+
+
+def train_loss(run):
+    _, y, logits = outputs(run)
+    return F.cross_entropy(logits, y).item()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train_to_end(tmp_path_factory.mktemp("plain") / "r", **SETTINGS)
+
+
+SETTINGS = {"epochs": 8, "model_arg": {"width": 8, "norm": "none"}, "warmup": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("reg", "measure", "rises"),
+    [
+        ("confidence=0.5", entropy, True),
+        ("label-smoothing=0.3", entropy, True),
+        ("mixup=1", entropy, True),
+        ("jacobian=0.1", jacobian, False),
+        ("grad-norm=0.1", gradient_norm, False),
+        ("trace=0.01", trace, False),
+        ("cutout=4", train_loss, True),
+        ("dropout=0.5", train_loss, True),
+        ("sam=0.1", trace, False),
+        ("nso=0.1", trace, False),
+    ],
+)
+def test_it_moves_what_it_should(reg, measure, rises, plain, tmp_path):
+    run = train_to_end(tmp_path / "r", reg=reg, **SETTINGS)
+    assert (measure(run) > measure(plain)) == rises
+
+
+def test_all_at_once_and_resumed(tmp_path):
+    reg = "trace=0.003,jacobian=0.01,confidence=0.1,grad-norm=0.01,label-smoothing=0.1,cutout=2,"
+    reg += "mixup=0.2,dropout=0.1,sam=0.05"
+    whole = train_to_end(tmp_path / "a", reg=reg)
+    half = make_run(tmp_path / "b", reg=reg)
+    with pytest.raises(Stopped):
+        for _ in half.advance(lambda: 15 if half.step == 3 else None):
+            pass
+    rest = train_to_end(tmp_path / "b", reg=reg, resume=True)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[key])
+
+
+def test_a_users_own(tmp_path, plain):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from hesstrace_cli.regularizers import Regularizer, Term\n"
+        "class LogitNorm(Regularizer):\n"
+        "    def term(self, step):\n"
+        "        return Term(self.strength, step.logits.square().sum(1).mean())\n"
+    )
+    mine = train_to_end(tmp_path / "b", reg=f"{file}:LogitNorm=0.1,trace=0.001", **SETTINGS)
+    norms = [outputs(run)[2].square().mean() for run in (mine, plain)]
+    assert norms[0] < norms[1] / 2
