@@ -1,66 +1,48 @@
-"""A grid of regularizers and seeds: the runs, and the table of their means and spreads."""
+"""The table of a comparison: means and spreads over seeds, paired differences, and who wins."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scipy.special import stdtr
 
 from hesstrace_cli.checkpoints import write_atomically
-from hesstrace_cli.config import CompareConfig, TrainConfig, row_name
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.runs import default_folder
 
 SCHEMA = "hesstrace/comparison/1"
-MEASURES = ("test_accuracy", "test_loss", "train_loss", "trace")
+MEASURES = (
+    "test_accuracy", "test_loss", "train_loss", "generalization_gap", "calibration_error",
+    "trace", "top_eigenvalue",
+)  # fmt: skip
+HIGHER_IS_BETTER = {"test_accuracy": True, "test_loss": False, "calibration_error": False}
+"""The measures that have a winner."""
+
+LEVEL = 0.05
+Summary = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRun:
-    """One cell of the grid.
-
-    Attributes:
-        regularizer: The row's canonical name.
-        config: The run's own config, in its folder.
-    """
-
-    regularizer: str
-    config: TrainConfig
-
-
-def plan(config: CompareConfig) -> list[PlannedRun]:
-    """The runs of the grid: for a seed, every row has the same initial weights and data order."""
-    root = Path(config.out or "comparisons/compare")
-    own = {item.name for item in dataclasses.fields(TrainConfig)}
-    common = {k: getattr(config, k) for k in own - {"reg", "lambda_", "seed", "out"}}
-    runs = []
-    for seed in config.seeds:
-        for row in config.rows():
-            run = TrainConfig(**common, reg=[row_name(row)], seed=seed)
-            folder = default_folder(run, str(root / "runs"))
-            runs.append(PlannedRun(row_name(row), dataclasses.replace(run, out=str(folder))))
-    return runs
-
-
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of the runs under a folder.
+def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The summaries of the finished runs under a folder, and the notes of those that diverged.
 
     Raises:
         ConfigError: If there are none.
     """
-    files = sorted(folder.glob("**/summary.json"))
-    if not files:
+    finished = [
+        {**json.loads(file.read_text()), "folder": str(file.parent)}
+        for file in sorted(folder.glob("**/summary.json"))
+    ]
+    diverged = [json.loads(file.read_text()) for file in sorted(folder.glob("**/diverged.json"))]
+    if not finished and not diverged:
         raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json)")
-    return [{**json.loads(file.read_text()), "folder": str(file.parent)} for file in files]
+    return finished, diverged
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
@@ -80,7 +62,7 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
 
     Args:
         values: By seed.
-        base: The same measure of the row `none`.
+        base: The same measure of another row.
     """
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     result = describe(differences)
@@ -91,63 +73,138 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
     return {"mean": result["mean"], "ci95": result["ci95"], "p_value": p_value}
 
 
-def _measure(summary: Mapping[str, Any], name: str) -> float:
-    return float(summary["trace"]["trace"] if name == "trace" else summary[name])
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction for many comparisons: the chance of even one false claim stays below p.
+
+    Source:
+        Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = largest
+    return corrected
 
 
-def tabulate(summaries: Sequence[Mapping[str, Any]], diverged: Mapping[str, int]) -> dict[str, Any]:
-    """The comparison of finished runs, a row a regularizer.
+def measure(summary: Summary, name: str) -> float | None:
+    """One measure of a finished run; None where it was not taken."""
+    if name == "trace":
+        return float(summary["trace"]["trace"])
+    if name == "generalization_gap":
+        return float(summary["test_loss"] - summary["train_loss"])
+    value = summary.get(name)
+    return None if value is None else float(value)
+
+
+def tabulate(
+    summaries: Sequence[Summary],
+    diverged: Sequence[Summary] = (),
+    step_cost: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The comparison of finished runs, a row a data set, model and regularizer.
 
     Args:
         summaries: Of the runs, in the order that the rows shall have.
-        diverged: How many runs of each regularizer stopped with a loss that is not finite.
+        diverged: `dataset`, `model`, `regularizers` and `seed` of the runs that stopped with a
+            loss that is not finite.
+        step_cost: The time of a step over that of `none`, by regularizer.
     """
-    names = list(dict.fromkeys([*(s["regularizers"] for s in summaries), *diverged]))
-    by_seed = {
-        (name, measure): {s["seed"]: _measure(s, measure) for s in summaries
-                          if s["regularizers"] == name}
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for summary in [*summaries, *diverged]:
+        groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
+    rows: list[dict[str, Any]] = []
+    for (dataset, model), members in groups.items():
+        rows += _group(dataset, model, members, step_cost or {})
+    return {"schema": SCHEMA, "rows": rows}
+
+
+def _group(
+    dataset: str, model: str, members: Sequence[Summary], step_cost: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The rows of one data set and model: their differences are paired by seed."""
+    names = list(dict.fromkeys(s["regularizers"] for s in members))
+    finished = [s for s in members if "test_loss" in s]
+    values: dict[tuple[str, str], dict[int, float]] = {
+        (name, m): {
+            s["seed"]: value
+            for s in finished
+            if s["regularizers"] == name and (value := measure(s, m)) is not None
+        }
         for name in names
-        for measure in MEASURES
-    }  # fmt: skip
+        for m in MEASURES
+    }
     rows = []
     for name in names:
-        own = [s for s in summaries if s["regularizers"] == name]
+        own = [s for s in finished if s["regularizers"] == name]
         row: dict[str, Any] = {
             "regularizer": name,
+            "dataset": dataset,
+            "model": model,
             "num_seeds": len(own),
-            "num_diverged": diverged.get(name, 0),
+            "num_diverged": sum(s["regularizers"] == name for s in members) - len(own),
         }
-        row |= {m: describe(list(by_seed[name, m].values())) for m in MEASURES}
+        row |= {m: describe(list(values[name, m].values())) for m in MEASURES}
+        errors = [s["trace"]["stderr"] for s in own]
+        row["trace"]["stderr"] = (
+            None if not own or None in errors
+            else math.sqrt(sum(e**2 for e in errors)) / len(own)
+        )  # fmt: skip
+        compared = "none" in names and name != "none"
         row["difference_to_none"] = (
-            {m: paired_difference(by_seed[name, m], by_seed["none", m]) for m in MEASURES}
-            if "none" in names and name != "none"
+            {m: paired_difference(values[name, m], values["none", m]) for m in MEASURES}
+            if compared
             else None
         )
-        row["step_cost"] = None
+        row["step_cost"] = 1.0 if name == "none" and step_cost else step_cost.get(name)
+        row["wins"] = []
         row["runs"] = [s["folder"] for s in own]
         rows.append(row)
-    return {"schema": SCHEMA, "rows": rows}
+    _correct(rows)
+    _name_winners(rows, values)
+    return rows
+
+
+def _correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's correction over the rows to each measure's p-value."""
+    compared = [row["difference_to_none"] for row in rows if row["difference_to_none"]]
+    for m in MEASURES:
+        corrected = holm([difference[m]["p_value"] for difference in compared])
+        for difference, p in zip(compared, corrected, strict=True):
+            difference[m]["p_holm"] = p
+
+
+def _name_winners(
+    rows: Sequence[dict[str, Any]], values: Mapping[tuple[str, str], Mapping[int, float]]
+) -> None:
+    """Note, for each measure, the best row where it differs from every other one."""
+    for m, higher in HIGHER_IS_BETTER.items():
+        ranked = [row for row in rows if row[m]["mean"] is not None]
+        ranked.sort(key=lambda row: row[m]["mean"], reverse=higher)
+        if len(ranked) < 2:
+            continue
+        best, *others = ranked
+        p_values = holm([
+            paired_difference(values[best["regularizer"], m], values[row["regularizer"], m])[
+                "p_value"
+            ]
+            for row in others
+        ])  # fmt: skip
+        if all(p is not None and p < LEVEL for p in p_values):
+            best["wins"].append(m)
 
 
 def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     """Write `results.json`, `results.csv` and `results.md`."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    head = [f"{measure}_{part}" for measure in MEASURES for part in ("mean", "std")]
-    writer.writerow(["regularizer", "num_seeds", "num_diverged", *head])
+    plain = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
+    head = [f"{m}_{part}" for m in MEASURES for part in ("mean", "std")]
+    writer.writerow([*plain, *head])
     for row in comparison["rows"]:
-        cells = [row[measure][part] for measure in MEASURES for part in ("mean", "std")]
-        writer.writerow([row["regularizer"], row["num_seeds"], row["num_diverged"], *cells])
+        cells = [row[m][part] for m in MEASURES for part in ("mean", "std")]
+        writer.writerow([*(row[name] for name in plain), *cells])
     write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
     write_atomically(folder / "results.csv", table.getvalue())
     write_atomically(folder / "results.md", markdown)
-
-
-def pending(runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
-    """The runs that are not finished; one with a folder already is to be resumed."""
-    for run in runs:
-        folder = Path(run.config.out or "")
-        if (folder / "summary.json").is_file():
-            continue
-        resume = (folder / "config.yaml").is_file()
-        yield dataclasses.replace(run, config=dataclasses.replace(run.config, resume=resume))

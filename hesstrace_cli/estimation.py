@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Generator, nn
 
 import hesstrace_cli
@@ -60,6 +62,47 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
         correct += (logits.argmax(1) == y).sum().item()
     model.train(was_training)
     return loss / len(split), correct / len(split)
+
+
+_BINS = 15
+
+
+@torch.no_grad()
+def calibration_error(model: nn.Module, split: Split, batch_size: int) -> float:
+    """The expected calibration error: mean |accuracy - confidence| over 15 bins of confidence.
+
+    Source:
+        Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017.
+    """
+    was_training = model.training
+    model.eval()
+    gap = torch.zeros(_BINS, dtype=torch.float64)
+    for X, y in split.batches(batch_size):
+        confidence, predicted = F.softmax(model(X).double(), 1).max(1)
+        surplus = ((predicted == y).double() - confidence).cpu()
+        bins = (confidence.cpu() * _BINS).ceil().long().clamp(1, _BINS) - 1
+        gap.index_add_(0, bins, surplus)
+    model.train(was_training)
+    return gap.abs().sum().item() / len(split)
+
+
+def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float:
+    """The largest eigenvalue of H over a split, in eval mode, by ARPACK's Lanczos method."""
+    was_training = model.training
+    model.eval()
+    objective = Objective(model, trainable(model))
+    matrix = CurvatureMatrix(objective, lambda: split.batches(batch_size), len(split), "hessian")
+    like = next(iter(objective.params.values()))
+
+    def product(vector: Any) -> Any:
+        column = torch.from_numpy(vector.reshape(-1, 1)).to(like.device, like.dtype)
+        return (matrix @ column).double().cpu().numpy()
+
+    start = np.random.default_rng(seed).standard_normal(matrix.size)
+    operator = LinearOperator((matrix.size, matrix.size), matvec=product, dtype=np.float64)
+    values = eigsh(operator, k=1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
+    model.train(was_training)
+    return float(values[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,16 @@ from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, wri
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
 from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.objective import LossFunc, Objective, trainable
-from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError, Stopped
-from hesstrace_cli.estimation import evaluate, trace_record, versions
+from hesstrace_cli.estimation import (
+    calibration_error,
+    evaluate,
+    top_eigenvalue,
+    trace_record,
+    versions,
+)
 from hesstrace_cli.loading import check_fit, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build
@@ -351,7 +357,9 @@ class Run:
             "val_accuracy": None if val is None else evaluate(self.model, val, batch_size)[1],
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
+            "calibration_error": calibration_error(self.model, self.data.test, batch_size),
             "trace": self._trace(),
+            "top_eigenvalue": self._top_eigenvalue(batch_size),
             "trace_penalty": self._penalty_description(),
             "seconds": self.seconds,
             "device": str(self.device),
@@ -360,13 +368,41 @@ class Run:
         self.folder.write_summary(summary)
         return summary
 
-    def _trace(self) -> dict[str, Any]:
+    def _summary_split(self) -> Split:
         split = self.data.train
         if len(split) > _SUMMARY_EXAMPLES:
             split = split.subset(stratified_order(split.labels, 0)[:_SUMMARY_EXAMPLES])
+        return split
+
+    def _top_eigenvalue(self, batch_size: int) -> float | None:
+        if not self.config.top_eigenvalue:
+            return None
+        return top_eigenvalue(self.model, self._summary_split(), batch_size, self.config.seed)
+
+    def seconds_of_steps(self, steps: int) -> float:
+        """The time of so many steps at full strength, after one to warm up; the run is spoilt."""
+        batches = [next(self.data.train.batches(self.config.batch_size))]
+        self.step = self.total_steps - 1
+        with torch.random.fork_rng(devices=[]):
+            self._train_step(*batches[0])
+            self._synchronize()
+            begin = time.perf_counter()
+            for index in range(steps):
+                self.step = self.total_steps - 1 - index
+                self._train_step(*batches[0])
+            self._synchronize()
+        return time.perf_counter() - begin
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _trace(self) -> dict[str, Any]:
+        split = self._summary_split()
         config = EstimateConfig(
             model=self.config.model, dataset=self.config.dataset, seed=self.config.seed,
             batch_size=min(max(self.config.batch_size, 64), 250), rtol=0.02, max_seconds=60,
+            per_layer=True,
         )  # fmt: skip
         place = {"checkpoint": str(self.folder.last), "model": self.config.model,
                  "dataset": self.config.dataset}  # fmt: skip

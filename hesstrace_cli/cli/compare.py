@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +14,12 @@ from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.train import train_with_progress
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
-from hesstrace_cli.reporting import tables
+from hesstrace_cli.reporting import plots, tables
+
+if TYPE_CHECKING:
+    from hesstrace_cli.grid import Job, PlannedRun
+
+_COSTS = "step_cost.json"
 
 
 @with_options(CompareConfig)
@@ -26,46 +33,141 @@ def compare(
 ) -> None:
     """Train every regularizer with every seed and tabulate accuracy, loss and trace.
 
-    With folders, nothing is trained: the finished runs in them are tabulated.
+    Each --reg is a row; a second call runs only what is not finished. With folders, nothing is
+    trained: the finished runs in them are tabulated.
 
     Example: hesstrace compare --reg none --reg trace=0.01 --seeds 0,1,2
     """
-    from hesstrace_cli.comparison import collect, tabulate, write
-
-    diverged: dict[str, int] = {}
     if folders:
         if flags or config:
             raise ConfigError("compare takes folders to tabulate, or settings of runs, not both")
-        summaries = [s for folder in folders for s in collect(Path(folder))]
-        out = Path(folders[0]) if len(folders) == 1 else None
+        _tabulate_folders(folders)
+        return
+    settings = resolve(CompareConfig, flags, config)
+
+    from hesstrace_cli import grid
+
+    runs = grid.plan(settings)
+    if settings.plan:
+        for run in runs:
+            typer.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
+        return
+    pending = grid.pending(runs)
+    if settings.jobs == 1:
+        _one_by_one(pending)
     else:
-        settings = resolve(CompareConfig, flags, config)
-        summaries, diverged = _train_all(settings)
-        out = Path(settings.out or "comparisons/compare")
-    comparison = tabulate(summaries, diverged)
-    rows = tables.comparison_rows(comparison)
+        _side_by_side(pending, settings.jobs)
+    chosen = grid.choose_strengths(runs)
+    _say_choices(settings, runs, chosen)
+    finished, diverged = grid.results(runs, chosen)
+    costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
+    _report(finished, diverged, costs, grid.root(settings))
+
+
+def _tabulate_folders(folders: Sequence[str]) -> None:
+    from hesstrace_cli.comparison import collect
+
+    found = [collect(Path(folder)) for folder in folders]
+    finished = [summary for own, _ in found for summary in own]
+    diverged = [note for _, own in found for note in own]
+    out = Path(folders[0]) if len(folders) == 1 else None
+    _report(finished, diverged, _read_costs(out), out)
+
+
+def _report(
+    finished: list[dict[str, Any]],
+    diverged: list[dict[str, Any]],
+    costs: dict[str, float],
+    out: Path | None,
+) -> None:
+    from hesstrace_cli.comparison import tabulate, write
+
+    comparison = tabulate(finished, diverged, costs)
+    several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
+    markdown = ""
+    for title, head, rows in tables.comparison_tables(comparison, several=several):
+        screen.show(tables.rich_table(title, head, rows))
+        markdown += f"{title}\n\n{tables.markdown_table(head, rows)}\n"
     if out is not None:
-        write(out, comparison, tables.markdown_table(tables.COMPARISON_HEAD, rows))
-    title = "mean ± standard deviation over seeds"
-    screen.show(tables.rich_table(title, tables.COMPARISON_HEAD, rows))
-    if diverged and not summaries:
+        write(out, comparison, markdown)
+        for name, figure in (
+            ("accuracy-trace.png", plots.plot_accuracy(finished)),
+            ("curves.png", plots.plot_curves(finished)),
+            ("layers.png", plots.plot_layers_by_row(finished)),
+        ):
+            if figure is not None:
+                plots.save(figure, str(out / name))
+        screen.say(f"results.json, results.csv, results.md and plots are in {out}")
+    if diverged and not finished:
         raise NumericsError("every run diverged")
 
 
-def _train_all(settings: CompareConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    from hesstrace_cli.comparison import pending, plan
-    from hesstrace_cli.runs import RunFolder
+def _one_by_one(pending: Sequence[PlannedRun]) -> None:
+    from hesstrace_cli.grid import note_divergence
     from hesstrace_cli.training import Run
 
-    runs = plan(settings)
-    diverged: dict[str, int] = {}
-    for planned in pending(runs):
+    for number, planned in enumerate(pending, start=1):
+        label = f"{number}/{len(pending)} {planned.regularizer} seed {planned.config.seed}"
         try:
-            train_with_progress(
-                Run(planned.config), f"{planned.regularizer} seed {planned.config.seed}"
-            )
+            train_with_progress(Run(planned.config), label)
         except NumericsError as problem:
+            note_divergence(planned, str(problem))
             screen.say(f"warning: {planned.config.out} diverged: {problem}")
-            diverged[planned.regularizer] = diverged.get(planned.regularizer, 0) + 1
-    finished = [(r, RunFolder(Path(r.config.out or "")).summary()) for r in runs]
-    return [{**s, "folder": r.config.out} for r, s in finished if s is not None], diverged
+
+
+def _side_by_side(pending: Sequence[PlannedRun], jobs: int) -> None:
+    from hesstrace_cli.grid import note_divergence, run_side_by_side
+
+    total = sum(run.config.epochs for run in pending)
+    with screen.StopRequest() as stop, screen.Board(len(pending), total) as board:
+        ended = run_side_by_side(pending, jobs, _drawn_on(board), stop)
+        for run, problem in ended:
+            board.add_done(run.config.epochs)
+            name = f"{run.regularizer} seed {run.config.seed}"
+            if problem is None:
+                board.say(f"{board.done}/{len(pending)} {name} finished")
+            else:
+                note_divergence(run, problem)
+                board.say(f"warning: {run.config.out} diverged: {problem}")
+
+
+def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
+    def draw(jobs: list[Job], waiting: int) -> None:
+        lines = [
+            (f"{job.run.regularizer} seed {job.run.config.seed}", job.epochs(),
+             job.run.config.epochs)
+            for job in jobs
+        ]  # fmt: skip
+        board.show(lines, waiting)
+
+    return draw
+
+
+def _say_choices(
+    settings: CompareConfig, runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]
+) -> None:
+    if settings.tune:
+        names = list(dict.fromkeys(run.regularizer for run in chosen))
+        left = list(dict.fromkeys(r.regularizer for r in runs if r.regularizer not in names))
+        screen.say(f"chosen by validation accuracy: {'; '.join(names)}. Not: {'; '.join(left)}")
+
+
+def _read_costs(out: Path | None) -> dict[str, float]:
+    import json
+
+    file = None if out is None else out / _COSTS
+    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
+
+
+def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict[str, float]:
+    """Steps timed side by side in this session; those of an earlier one where nothing was run."""
+    import json
+
+    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.stepcost import step_costs
+
+    if not measure:
+        return _read_costs(out)
+    costs = step_costs({run.regularizer: run.config for run in runs if not run.diverged.is_file()})
+    write_atomically(out / _COSTS, json.dumps(costs, indent=2) + "\n")
+    return costs

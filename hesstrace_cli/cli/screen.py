@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 _LOG_WIDTH = 140
@@ -47,6 +51,60 @@ def progress_bar(description: str, total: int) -> Iterator[Progress | None]:
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(description, total=total, note="")
         yield progress
+
+
+class Board:
+    """One live table of the runs at work, with what is left; lines as they end elsewhere.
+
+    Args:
+        runs: How many runs there are.
+        epochs: How many epochs they take together.
+    """
+
+    def __init__(self, runs: int, epochs: int) -> None:
+        self.runs, self.epochs, self.done, self._epochs_done = runs, epochs, 0, 0
+        self._console = messages()
+        self._began = time.monotonic()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Board:
+        """Begin to draw, on a terminal."""
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, transient=True, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the table away."""
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the table."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def add_done(self, epochs: int) -> None:
+        """One run has ended, with so many epochs."""
+        self.done += 1
+        self._epochs_done += epochs
+
+    def show(self, jobs: list[tuple[str, int, int]], waiting: int) -> None:
+        """Draw the runs at work: name, epochs done, epochs."""
+        if self._live is None:
+            return
+        done = self._epochs_done + sum(epochs for _, epochs, _ in jobs)
+        left = "?"
+        if done:
+            seconds = (time.monotonic() - self._began) * (self.epochs - done) / done
+            left = str(timedelta(seconds=round(seconds)))
+        table = Table(title=f"{self.done} of {self.runs} runs done, {waiting} waiting, {left} left",
+                      title_justify="left")  # fmt: skip
+        table.add_column("run")
+        table.add_column("epoch", justify="right")
+        table.add_column("")
+        for name, epochs, total in jobs:
+            table.add_row(name, f"{epochs}/{total}", ProgressBar(total, epochs, width=30))
+        self._live.update(table)
 
 
 class StopRequest:

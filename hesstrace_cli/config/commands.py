@@ -13,8 +13,10 @@ from hesstrace_cli.config.rows import (
     UNUSED_LAMBDA,
     parse_row,
     parse_terms,
+    parse_tune,
     row_name,
     takes_lambda,
+    tuned_rows,
 )
 from hesstrace_cli.errors import ConfigError
 
@@ -145,6 +147,9 @@ class TrainConfig(DataConfig):
     out: str | None = option(
         None, "run folder (default: runs/<data>-<model>-<regularizers>-seed<seed>)", panel="Output"
     )
+    top_eigenvalue: bool = option(
+        False, "put the largest eigenvalue of the Hessian into the summary", panel="Output"
+    )
     init: str | None = option(None, "start from the weights of this checkpoint", panel="Output")
     resume: bool = option(False, "go on with the run in --out", panel="Output")
 
@@ -163,24 +168,52 @@ class CompareConfig(TrainConfig):
         panel="Regularization",
         metavar="NAME[=STRENGTH],...",
     )
-    seeds: list[int] = option([0, 1, 2], "seeds, 0,1,2", panel="Regularization", minimum=0)
+    model: str = option(
+        "small-cnn", "one model, or several joined with commas", panel="Model and data"
+    )
+    dataset: str = option(
+        "digits", "one data set, or several joined with commas", panel="Model and data"
+    )
+    seeds: list[int] = option([0, 1, 2], "seeds, 0,1,2", panel="Comparison", minimum=0)
+    tune: list[str] = option(
+        [],
+        "strengths to choose from by validation accuracy, for rows with NAME and no strength; "
+        "as many for each NAME",
+        panel="Comparison",
+        metavar="NAME=S1:S2:...",
+    )
+    jobs: int = option(1, "runs at a time, over the GPUs there are", panel="Comparison", minimum=1)
+    plan: bool = option(
+        False, "print one complete command a line, and train nothing", panel="Comparison"
+    )
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        self.rows()
+        self.candidates()
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
 
-    def rows(self) -> list[dict[str, float]]:
-        """The regularizers of each row, with their strengths."""
+    def candidates(self) -> list[list[dict[str, float]]]:
+        """For each row of the table the regularizers with their strengths, or those to choose from.
+
+        Raises:
+            ConfigError: If a row cannot be understood, or two are the same.
+        """
         takes = [takes_lambda(parse_terms([entry])) for entry in self.reg]
         if self.lambda_ is not None and not any(takes):
             raise ConfigError(UNUSED_LAMBDA)
+        choices = parse_tune(self.tune)
+        if choices and not self.val_fraction:
+            raise ConfigError("--tune chooses on the validation split; --val-fraction is 0")
         rows = [
-            parse_row([entry], self.lambda_ if taken else None)
+            tuned_rows(entry, self.lambda_ if taken else None, choices)
             for entry, taken in zip(self.reg, takes, strict=True)
         ]
-        names = [row_name(row) for row in rows]
+        tuned = {n for entry in self.reg for n, s in parse_terms([entry]) if s is None}
+        if set(choices) - tuned:
+            missing = ", ".join(sorted(set(choices) - tuned))
+            raise ConfigError(f"--tune names {missing}, but no --reg has it without a strength")
+        names = [row_name(row) for candidates in rows for row in candidates]
         if len(set(names)) < len(names):
             raise ConfigError(f"two rows are the same: {', '.join(names)}")
         return rows

@@ -133,6 +133,40 @@ def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]
     return row
 
 
+def parse_tune(entries: Sequence[str]) -> dict[str, list[float]]:
+    """The strengths to choose from by name, of `NAME=S1:S2:...`.
+
+    Raises:
+        ConfigError: If one cannot be read, is given twice, or has another number of strengths.
+    """
+    choices: dict[str, list[float]] = {}
+    for entry in entries:
+        name, equals, text = entry.rpartition("=")
+        if not equals or not name:
+            raise ConfigError(f"--tune is {entry!r}, expected NAME=S1:S2:..., trace=0.003:0.01")
+        (term,) = parse_terms([name]) or [("none", None)]
+        if name in choices or term[0] == "none":
+            raise ConfigError(f"--tune {entry!r}: {name} has no strength, or is given twice")
+        choices[name] = [_strength(name, part) for part in text.split(":")]
+        if len(set(choices[name])) < len(choices[name]):
+            raise ConfigError(f"--tune {entry!r} has a strength twice")
+    if len({len(strengths) for strengths in choices.values()}) > 1:
+        counts = ", ".join(f"{name} {len(strengths)}" for name, strengths in choices.items())
+        raise ConfigError(f"--tune must give each as many strengths, for a fair choice: {counts}")
+    return choices
+
+
+def tuned_rows(
+    entry: str, lambda_: float | None, choices: Mapping[str, Sequence[float]]
+) -> list[dict[str, float]]:
+    """The rows that stand for one entry: one, or one for each combination to choose from."""
+    terms = parse_terms([entry])
+    rows = [parse_row([entry], lambda_)]
+    for name in (name for name, strength in terms if strength is None and name in choices):
+        rows = [{**row, name: strength} for row in rows for strength in choices[name]]
+    return rows
+
+
 def row_name(row: Mapping[str, float]) -> str:
     """The canonical name of a row: "none", or `name=strength` joined with commas."""
     return ",".join(f"{name}={strength:g}" for name, strength in row.items()) or "none"

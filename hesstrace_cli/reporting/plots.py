@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,86 @@ def plot_epochs(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def plot_accuracy(summaries: Sequence[Record]) -> Figure:
+    """Test accuracy against the trace, a point a run, a colour a regularizer."""
+    figure, axes = _figure(6.4, 4.4)
+    for name, own in _by_row(summaries).items():
+        axes.scatter([s["trace"]["trace"] for s in own], [s["test_accuracy"] for s in own],
+                     s=26, alpha=0.8, label=name)  # fmt: skip
+    if all(s["trace"]["trace"] > 0 for s in summaries):
+        axes.set_xscale("log")
+    axes.set(xlabel="tr(H), training data, eval mode", ylabel="test accuracy")
+    _finish(axes)
+    return figure
+
+
+def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
+    """The mean trace of every parameter tensor, a bar a regularizer; None for mixed models."""
+    rows = _by_row(summaries)
+    layers = [[layer["name"] for layer in s["trace"]["per_layer"]] for s in summaries]
+    if not layers or any(names != layers[0] for names in layers) or len(layers[0]) > _MOST_BARS:
+        return None
+    names = layers[0]
+    figure, axes = _figure(7.0, 1.0 + _BAR_HEIGHT * len(names) * max(1.0, 0.6 * len(rows)))
+    height = 0.8 / len(rows)
+    for number, (row, own) in enumerate(rows.items()):
+        means = [
+            sum(s["trace"]["per_layer"][i]["trace"] for s in own) / len(own)
+            for i in range(len(names))
+        ]
+        axes.barh([i + number * height for i in range(len(names))], means, height, label=row)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("tr(H) of the block, mean over seeds")
+    _finish(axes)
+    return figure
+
+
+def plot_curves(summaries: Sequence[Record]) -> Figure:
+    """Training loss and validation accuracy by epoch: means, with the range over the seeds."""
+    figure, left = _figure(10.0, 3.8, (1, 2, 1))
+    right = figure.add_subplot(1, 2, 2)
+    for name, own in _by_row(summaries).items():
+        for axes, key in ((left, "train_loss"), (right, "val_accuracy")):
+            curves = [c for c in (_curve(s["folder"], key) for s in own) if c]
+            if not curves:
+                continue
+            epochs = range(1, 1 + min(map(len, curves)))
+            columns = list(zip(*(c[: len(epochs)] for c in curves), strict=True))
+            (line,) = axes.plot(epochs, [sum(c) / len(c) for c in columns], label=name, lw=1.3)
+            axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns],
+                              color=line.get_color(), alpha=0.18, linewidth=0)  # fmt: skip
+    left.set(xlabel="epoch", ylabel="training loss, penalties left out", yscale="log")
+    right.set(xlabel="epoch", ylabel="validation accuracy")
+    _finish(left)
+    right.grid(visible=True, linewidth=0.4, alpha=0.5)
+    figure.tight_layout()
+    return figure
+
+
+def _by_row(summaries: Sequence[Record]) -> dict[str, list[Record]]:
+    several = len({(s["dataset"], s["model"]) for s in summaries}) > 1
+    rows: dict[str, list[Record]] = {}
+    for s in summaries:
+        name = f"{s['dataset']} {s['model']} {s['regularizers']}" if several else s["regularizers"]
+        rows.setdefault(name, []).append(s)
+    return rows
+
+
+def _curve(folder: str, key: str) -> list[float]:
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    values = [json.loads(line).get(key) for line in file.read_text().splitlines()]
+    return [value for value in values if value is not None]
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
 def _matrix(record: Record) -> str:
     return "tr(H)" if record["curvature"] == "hessian" else "tr(G)"
 
@@ -106,8 +187,10 @@ def _bars(
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _figure(
+    width: float, height: float, place: tuple[int, int, int] = (1, 1, 1)
+) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # here, as it takes half a second
 
     figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(*place)

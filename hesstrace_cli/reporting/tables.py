@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 Rows = Sequence[Sequence[str]]
 
@@ -31,8 +32,15 @@ def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
         left = index == 0 or not name
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(_bold(cell) for cell in row))
     return table
+
+
+def _bold(cell: str) -> Text:
+    """Markdown's bold as the terminal's."""
+    if cell.startswith("**") and cell.endswith("**"):
+        return Text(cell.strip("*"), style="bold")
+    return Text(cell)
 
 
 def markdown_table(head: Sequence[str], rows: Rows) -> str:
@@ -114,26 +122,54 @@ def layer_rows(record: Mapping[str, Any]) -> Rows:
     return rows
 
 
-COMPARISON_HEAD = (
-    "regularizers", "seeds", "test accuracy", "test loss", "train loss", "trace",
-    "test loss - none",
-)  # fmt: skip
+_GENERALIZATION = ("test_accuracy", "test_loss", "calibration_error")
+_CURVATURE = ("train_loss", "generalization_gap", "trace", "top_eigenvalue")
 
 
-def comparison_rows(comparison: Mapping[str, Any]) -> Rows:
-    """A row a regularizer: mean ± standard deviation over the seeds."""
-    rows = []
-    for row in comparison["rows"]:
-        seeds = str(row["num_seeds"])
-        if row["num_diverged"]:
-            seeds += f" ({row['num_diverged']} diverged)"
-        difference = row["difference_to_none"]
-        rows.append([
-            row["regularizer"], seeds,
-            *(_spread(row[name]) for name in ("test_accuracy", "test_loss", "train_loss", "trace")),
-            "-" if difference is None else _difference(difference["test_loss"]),
+def comparison_tables(
+    comparison: Mapping[str, Any], *, several: bool
+) -> list[tuple[str, Sequence[str], Rows]]:
+    """Two tables, title, head and rows: how well the rows generalize; their curvature and cost.
+
+    Args:
+        comparison: The comparison's record.
+        several: Whether there is more than one data set or model, to be named in each row.
+    """
+    rows = comparison["rows"]
+    measured = [m for m in _CURVATURE if any(row[m]["mean"] is not None for row in rows)]
+    first = ["regularizers", "seeds", *map(_title, _GENERALIZATION), "accuracy - none",
+             "loss - none"]  # fmt: skip
+    second = ["regularizers", *map(_title, measured), "step cost"]
+    upper, lower = [], []
+    for row in rows:
+        name = f"{row['dataset']} {row['model']} {row['regularizer']}"
+        name = name if several else row["regularizer"]
+        upper.append([
+            name, _seeds(row), *(_winning(row, m) for m in _GENERALIZATION),
+            _difference(row, "test_accuracy"), _difference(row, "test_loss"),
         ])  # fmt: skip
-    return rows
+        cost = row["step_cost"]
+        lower.append([name, *(_spread(row[m]) for m in measured),
+                      "-" if cost is None else f"{cost:.2f}"])  # fmt: skip
+    spread = "mean ± standard deviation over seeds, of the last epoch"
+    return [
+        (f"{spread}; differences with 95 % interval and Holm's p", first, upper),
+        (f"{spread}; step cost over none's", second, lower),
+    ]
+
+
+def _title(measure: str) -> str:
+    return measure.replace("_", " ")
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    diverged = f" ({row['num_diverged']} diverged)" if row["num_diverged"] else ""
+    return f"{row['num_seeds']}{diverged}"
+
+
+def _winning(row: Mapping[str, Any], measure: str) -> str:
+    text = _spread(row[measure])
+    return f"**{text}**" if measure in row["wins"] else text
 
 
 def _spread(measure: Mapping[str, Any]) -> str:
@@ -144,9 +180,15 @@ def _spread(measure: Mapping[str, Any]) -> str:
     return f"{number(measure['mean'])} ± {number(measure['std'], 2)}"
 
 
-def _difference(difference: Mapping[str, Any]) -> str:
+def _difference(row: Mapping[str, Any], measure: str) -> str:
+    if row["difference_to_none"] is None:
+        return "-"
+    difference = row["difference_to_none"][measure]
     if difference["mean"] is None:
         return "-"
     text = f"{difference['mean']:+.4f}"
-    p = difference["p_value"]
-    return text if p is None else f"{text} (p = {p:.2g})"
+    if difference["ci95"] is None:
+        return text
+    low, high = difference["ci95"]
+    p = difference["p_holm"]
+    return f"{text} [{low:+.4f}, {high:+.4f}]" + ("" if p is None else f" p={p:.2g}")

@@ -1,0 +1,274 @@
+"""The runs of a comparison: planned, run one by one or side by side, and chosen from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hesstrace_cli.checkpoints import write_atomically
+from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
+from hesstrace_cli.errors import HesstraceError, NumericsError, Stopped
+from hesstrace_cli.runs import RunFolder, default_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One cell of the grid.
+
+    Attributes:
+        entry: The number of its row in the table; runs of several strengths may share one.
+        regularizer: The row's canonical name.
+        config: The run's own config, in its folder.
+    """
+
+    entry: int
+    regularizer: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it goes."""
+        assert self.config.out is not None
+        return RunFolder(Path(self.config.out))
+
+    @property
+    def diverged(self) -> Path:
+        """The note that this run stopped with a loss that is not finite."""
+        return self.folder.path / "diverged.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether it is finished, or has diverged."""
+        return self.folder.summary() is not None or self.diverged.is_file()
+
+
+def root(config: CompareConfig) -> Path:
+    """The comparison's folder."""
+    return Path(config.out or "comparisons/compare")
+
+
+def plan(config: CompareConfig) -> list[PlannedRun]:
+    """The runs of the grid: for a seed, every row has the same initial weights and data order."""
+    own = {item.name for item in dataclasses.fields(TrainConfig)}
+    common = {k: getattr(config, k) for k in own - {"reg", "lambda_", "seed", "out", "resume"}}
+    return [
+        _planned(config, {**common, "dataset": dataset, "model": model}, entry, row, seed)
+        for dataset in config.dataset.split(",")
+        for model in config.model.split(",")
+        for seed in config.seeds
+        for entry, candidates in enumerate(config.candidates())
+        for row in candidates
+    ]
+
+
+def _planned(
+    config: CompareConfig, settings: dict[str, Any], entry: int, row: dict[str, float], seed: int
+) -> PlannedRun:
+    run = TrainConfig(**settings, reg=[row_name(row)], seed=seed)
+    folder = default_folder(run, str(root(config) / "runs"))
+    return PlannedRun(entry, row_name(row), dataclasses.replace(run, out=str(folder)))
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The command line of `hesstrace` that trains this run, complete, and resumes it if begun."""
+    words = ["train"]
+    for item in dataclasses.fields(config):
+        value, flag = getattr(config, item.name), "--" + key_of(item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        always = item.name in ("reg", "seed", "out", "dataset", "model")
+        if item.name == "resume" or (value == default and not always) or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{key_of(item.name)}")
+        elif isinstance(value, dict):
+            words += [w for k, v in value.items() for w in (flag, f"{k}={v}")]
+        elif isinstance(value, list):
+            words += [flag, ",".join(str(v) for v in value)]
+        else:
+            words += [flag, str(value)]
+    return [*words, "--resume"]
+
+
+def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs that are not done, those begun already to be resumed."""
+    return [
+        dataclasses.replace(
+            run,
+            config=dataclasses.replace(
+                run.config, resume=(run.folder.path / "config.yaml").is_file()
+            ),
+        )
+        for run in runs
+        if not run.done
+    ]
+
+
+def note_divergence(run: PlannedRun, problem: str) -> None:
+    """Leave a note in the run's folder, so that its row says so and it is not tried again."""
+    config = run.config
+    note = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "regularizers": run.regularizer,
+        "seed": config.seed,
+        "reason": problem,
+    }
+    write_atomically(run.diverged, json.dumps(note, indent=2) + "\n")
+
+
+def results(
+    runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The summaries of the runs that are finished, and the notes of those that diverged."""
+    kept = runs if chosen is None else chosen
+    finished = [
+        {**summary, "folder": run.config.out}
+        for run in kept
+        if (summary := run.folder.summary()) is not None
+    ]
+    return finished, [json.loads(r.diverged.read_text()) for r in kept if r.diverged.is_file()]
+
+
+def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """For every row of the table the runs of the strength with the best validation accuracy.
+
+    The mean over the seeds decides; of equal ones the first listed. A strength that diverged
+    with any seed is not chosen while another did not.
+    """
+    cells: dict[tuple[str, str, int], dict[str, list[PlannedRun]]] = {}
+    for run in runs:
+        key = (run.config.dataset, run.config.model, run.entry)
+        cells.setdefault(key, {}).setdefault(run.regularizer, []).append(run)
+    chosen: list[PlannedRun] = []
+    for candidates in cells.values():
+        chosen += max(candidates.values(), key=_validation_score)
+    return chosen
+
+
+def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:
+    runs = list(runs)
+    summaries = [run.folder.summary() for run in runs]
+    accuracies = [s["val_accuracy"] for s in summaries if s is not None and s["val_accuracy"]]
+    return len(accuracies) == len(runs), statistics.fmean(accuracies) if accuracies else 0.0
+
+
+@dataclasses.dataclass
+class Job:
+    """A run in a process of its own.
+
+    Attributes:
+        run: What it trains.
+        process: The process; its messages go to `train.log` beside the run's folder.
+        began: When it began.
+    """
+
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    began: float
+
+    @property
+    def log(self) -> Path:
+        """Its messages."""
+        return _log_of(self.run)
+
+    def epochs(self) -> int:
+        """Epochs done."""
+        file = self.run.folder.metrics
+        return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def _log_of(run: PlannedRun) -> Path:
+    path = run.folder.path
+    return path.with_name(path.name + ".log")
+
+
+def _start(run: PlannedRun, slot: int, jobs: int) -> Job:
+    environment = dict(os.environ)
+    devices = [d for d in environment.get("CUDA_VISIBLE_DEVICES", _all_gpus()).split(",") if d]
+    if devices and run.config.device in ("auto", "cuda"):
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
+    _log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    with _log_of(run).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hesstrace_cli", *arguments(run.config)],
+            stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+    return Job(run, process, time.monotonic())
+
+
+def _all_gpus() -> str:
+    import torch
+
+    return ",".join(map(str, range(torch.cuda.device_count())))
+
+
+def run_side_by_side(
+    runs: Sequence[PlannedRun],
+    jobs: int,
+    on_change: Callable[[list[Job], int], None],
+    should_stop: Callable[[], int | None],
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Train the runs, so many at a time; the free slot's GPU gets the next one.
+
+    Args:
+        runs: What is pending.
+        jobs: How many at a time.
+        on_change: Told the jobs at work and the number of those waiting, now and then.
+        should_stop: A signal number stops the jobs, which save, and then this.
+
+    Yields:
+        Each run as it ends, with None, or with the problem where it diverged.
+
+    Raises:
+        HesstraceError: If a run failed for another reason, after the others have ended.
+        Stopped: After all jobs have saved.
+    """
+    waiting, slots = list(runs), dict[int, Job]()
+    failed: tuple[PlannedRun, int] | None = None
+    try:
+        while slots or (waiting and failed is None):
+            number = should_stop()
+            if number is not None:
+                raise Stopped(f"stopped by signal {number}; the runs have saved", number)
+            for slot in range(jobs):
+                if slot not in slots and waiting and failed is None:
+                    slots[slot] = _start(waiting.pop(0), slot, jobs)
+            time.sleep(0.2)
+            for slot, job in list(slots.items()):
+                code = job.process.poll()
+                if code is None:
+                    continue
+                del slots[slot]
+                if code == NumericsError.exit_code:
+                    yield job.run, _last_line(job.log)
+                elif code == 0:
+                    yield job.run, None
+                else:
+                    failed = failed or (job.run, code)
+            on_change(list(slots.values()), len(waiting))
+    finally:
+        for job in slots.values():
+            job.process.send_signal(signal.SIGTERM)
+        for job in slots.values():
+            job.process.wait()
+    if failed is not None:
+        run, code = failed
+        problem = HesstraceError(f"{run.config.out} failed: {_last_line(_log_of(run))}")
+        problem.exit_code = code if code > 0 else 1
+        raise problem
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "no message"
