@@ -29,17 +29,30 @@ LEVEL = 0.05
 Summary = Mapping[str, Any]
 
 
+CHOSEN = "chosen.json"
+"""In a comparison's folder, the names of the runs whose strength was chosen."""
+
+
 def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The summaries of the finished runs under a folder, and the notes of those that diverged.
+
+    Of runs of several strengths to choose from, those of the chosen one are taken.
 
     Raises:
         ConfigError: If there are none.
     """
+    chosen = folder / CHOSEN
+    names = json.loads(chosen.read_text()) if chosen.is_file() else None
+
+    def files(name: str) -> list[Path]:
+        found = sorted(folder.glob(f"**/{name}"))
+        return [file for file in found if names is None or file.parent.name in names]
+
     finished = [
         {**json.loads(file.read_text()), "folder": str(file.parent)}
-        for file in sorted(folder.glob("**/summary.json"))
+        for file in files("summary.json")
     ]
-    diverged = [json.loads(file.read_text()) for file in sorted(folder.glob("**/diverged.json"))]
+    diverged = [json.loads(file.read_text()) for file in files("diverged.json")]
     if not finished and not diverged:
         raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json)")
     return finished, diverged

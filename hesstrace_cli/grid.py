@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.checkpoints import write_atomically
+from hesstrace_cli.comparison import CHOSEN
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import HesstraceError, NumericsError, Stopped
 from hesstrace_cli.runs import RunFolder, default_folder
@@ -152,6 +153,12 @@ def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     for candidates in cells.values():
         chosen += max(candidates.values(), key=_validation_score)
     return chosen
+
+
+def write_chosen(folder: Path, chosen: Sequence[PlannedRun]) -> None:
+    """Note the chosen runs, for `compare DIR` to collect them alone."""
+    names = [run.folder.path.name for run in chosen]
+    write_atomically(folder / CHOSEN, json.dumps(names, indent=2) + "\n")
 
 
 def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:

@@ -4,4 +4,4 @@ set -euo pipefail
 out=${1:-comparisons/fashion}
 hesstrace compare --config sample_configs/compare_fashion_mnist.yaml --out "$out" --plan |
     parallel --jobs 2 --joblog "$out.log"
-hesstrace compare "$out"
+hesstrace compare --config sample_configs/compare_fashion_mnist.yaml --out "$out"

@@ -161,6 +161,9 @@ def test_side_by_side_is_the_same_as_one_by_one(tmp_path):
     done = invoke(*shlex.split(plan[0])[1:])
     assert done.exit_code == 0, done.output
     assert "nothing to do" in done.stderr
+    before = rows("one")
+    assert invoke("compare", tmp_path / "one").exit_code == 0  # collects the chosen strength alone
+    assert sorted(rows("one"), key=str) == sorted(before, key=str)
 
 
 def test_a_half_written_run_goes_on(tmp_path):

@@ -58,7 +58,9 @@ def compare(
     else:
         _side_by_side(pending, settings.jobs)
     chosen = grid.choose_strengths(runs)
-    _say_choices(settings, runs, chosen)
+    if settings.tune:
+        grid.write_chosen(grid.root(settings), chosen)
+        _say_choices(runs, chosen)
     finished, diverged = grid.results(runs, chosen)
     costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(finished, diverged, costs, grid.root(settings))
@@ -143,13 +145,10 @@ def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
     return draw
 
 
-def _say_choices(
-    settings: CompareConfig, runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]
-) -> None:
-    if settings.tune:
-        names = list(dict.fromkeys(run.regularizer for run in chosen))
-        left = list(dict.fromkeys(r.regularizer for r in runs if r.regularizer not in names))
-        screen.say(f"chosen by validation accuracy: {'; '.join(names)}. Not: {'; '.join(left)}")
+def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> None:
+    names = list(dict.fromkeys(run.regularizer for run in chosen))
+    left = list(dict.fromkeys(run.regularizer for run in runs if run.regularizer not in names))
+    screen.say(f"chosen by validation accuracy: {'; '.join(names)}. Not: {'; '.join(left)}")
 
 
 def _read_costs(out: Path | None) -> dict[str, float]:

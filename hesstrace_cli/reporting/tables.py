@@ -30,7 +30,9 @@ def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(head):
         left = index == 0 or not name
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+        table.add_column(
+            name, justify="left" if left else "right", overflow="fold", no_wrap=index == 0
+        )
     for row in rows:
         table.add_row(*(_bold(cell) for cell in row))
     return table
