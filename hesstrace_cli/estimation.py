@@ -26,7 +26,7 @@ from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
 from hesstrace_cli.loading import check_fit, load_checkpoint
-from hesstrace_cli.methods import DEFAULT_PROBES, Method, choose_method
+from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 
 SCHEMA = "hesstrace/trace/1"
 _DEFAULT_RTOL = 0.05
@@ -161,30 +161,20 @@ def estimate(
         if config.method in SKETCHES:
             return _by_sketch(objective, split, config, generator, on_pass)
         method = choose_method(config, objective, X)
-        num_probes, stop = config.num_probes or DEFAULT_PROBES, _stop(config)
-
-        def run(method: Method, stop: Stop) -> Estimated:
-            result = estimate_trace(
-                method.sampler,
-                lambda: split.batches(config.batch_size),
-                names=objective.params,
-                num_examples=len(split),
-                population=population,
-                num_probes=num_probes,
-                stop=stop,
-                generator=generator,
-                exact=method.exact,
-                on_pass=on_pass,
-            )
-            return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
-
-        if method.instead is not None and method.max_passes is not None:
-            tried = min(method.max_passes, stop.max_passes)
-            estimated = run(method, dataclasses.replace(stop, max_passes=tried))
-            if tried == stop.max_passes or stop.close_enough(estimated.result.total):
-                return estimated
-            method = method.instead
-        return run(method, stop)
+        num_probes = config.num_probes or DEFAULT_PROBES
+        result = estimate_trace(
+            method.sampler,
+            lambda: split.batches(config.batch_size),
+            names=objective.params,
+            num_examples=len(split),
+            population=population,
+            num_probes=num_probes,
+            stop=_stop(config),
+            generator=generator,
+            exact=method.exact,
+            on_pass=on_pass,
+        )
+        return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,16 +42,12 @@ class Method:
         reason: One clause that says why.
         sampler: Draws its samples on a batch.
         exact: Whether they have no error.
-        max_passes: After so many without reaching the tolerance, `instead` is cheaper.
-        instead: What to go on with then.
     """
 
     name: str
     reason: str
     sampler: Sampler
     exact: bool = False
-    max_passes: int | None = None
-    instead: Method | None = None
 
 
 def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Method:
@@ -91,8 +86,7 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     if isinstance(per_example, str):
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
         return Method("hutchinson", problem, make(objective))
-    num_classes = _num_classes(objective, X)
-    by_signs = num_classes > MAX_COLUMNS or _prefers_signs(config)
+    by_signs = _num_classes(objective, X) > MAX_COLUMNS
     return Method(
         "signs+hutchinson" if by_signs else "exact+hutchinson",
         f"tr(G) {'by signs' if by_signs else 'exactly'}, H - G by Hutchinson: {problem}",
@@ -104,25 +98,11 @@ def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> 
     is_ggn = config.curvature == "ggn"
     equal = "tr(G)" if is_ggn else "tr(H) = tr(G), the model being piecewise linear,"
     num_classes = _num_classes(per_example.objective, X)
-    signs = Method(
-        "signs",
-        f"{equal} by random signs on the {num_classes} logits",
-        signs_sampler(per_example),
-    )
     if num_classes > MAX_COLUMNS:
-        return signs
+        reason = f"{equal} by random signs on the {num_classes} logits"
+        return Method("signs", reason, signs_sampler(per_example))
     reason = f"{equal} from every example's gradient norms"
-    exact = Method("exact", reason, exact_sampler(per_example), exact=True)
-    num_probes = config.num_probes or DEFAULT_PROBES
-    passes = (num_classes - 1) // (2 * num_probes)
-    if config.method == "exact" or not _prefers_signs(config) or passes == 0:
-        return exact
-    return dataclasses.replace(signs, max_passes=passes, instead=exact)
-
-
-def _prefers_signs(config: EstimateConfig) -> bool:
-    """Whether a tolerance was asked for, which signs reach with less work than all columns."""
-    return config.method == "auto" and bool(config.rtol or config.atol)
+    return Method("exact", reason, exact_sampler(per_example), exact=True)
 
 
 def _per_example(objective: Objective, X: Tensor) -> PerExampleTrace | str:

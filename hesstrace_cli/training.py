@@ -401,7 +401,7 @@ class Run:
         split = self._summary_split()
         config = EstimateConfig(
             model=self.config.model, dataset=self.config.dataset, seed=self.config.seed,
-            batch_size=min(max(self.config.batch_size, 64), 250), rtol=0.02, max_seconds=60,
+            batch_size=min(max(self.config.batch_size, 64), 250), max_seconds=60,
             per_layer=True,
         )  # fmt: skip
         place = {"checkpoint": str(self.folder.last), "model": self.config.model,

@@ -214,7 +214,7 @@ def test_exact_where_it_is_not_possible(tmp_path):
     assert json.loads(ggn.stdout)["stderr"] == 0
     auto = invoke("estimate-trace", last, "--json", "-", "--rtol", "0.02")
     record = json.loads(auto.stdout)
-    assert record["method"] == "signs+hutchinson"
+    assert record["method"] == "exact+hutchinson"
     assert record["stderr"] > 0
     plain = ("--method", "hutchinson", "--rtol", "0.02", "--max-passes", "500")
     other = json.loads(invoke("estimate-trace", last, "--json", "-", *plain).stdout)

@@ -68,15 +68,11 @@ class Stop:
         """Whether the estimate after these passes is good enough, or has to be."""
         if self.rtol is None or passes >= self.max_passes or seconds >= self.max_seconds:
             return True
-        return self.close_enough(total)
-
-    def close_enough(self, total: Mean) -> bool:
-        """Whether the interval is narrow enough, and can be relied on."""
         interval = total.interval()
         if interval is None or total.degrees < MIN_DEGREES:
             return False
         half_width = (interval[1] - interval[0]) / 2
-        return half_width <= max(self.atol, (self.rtol or 0.0) * abs(total.value))
+        return half_width <= max(self.atol, self.rtol * abs(total.value))
 
 
 @dataclass(frozen=True)
