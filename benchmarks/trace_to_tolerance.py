@@ -256,7 +256,6 @@ def peer_pyhessian(
 
 
 METHODS: dict[str, Callable[..., dict[str, Any]]] = {
-    "hesstrace exact": ours({"method": "exact"}),
     "hesstrace auto": ours({"method": "auto"}),
     "hesstrace hutchinson": ours({"method": "hutchinson"}),
     "curvlinops xtrace": peer_xtrace,
