@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.train import train_with_progress
+from hesstrace_cli.cli.train import report_negative
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from hesstrace_cli.reporting import plots, tables
@@ -53,10 +53,8 @@ def compare(
             typer.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
         return
     pending = grid.pending(runs)
-    if settings.jobs == 1:
-        _one_by_one(pending)
-    else:
-        _side_by_side(pending, settings.jobs)
+    if pending:
+        _train_all(pending, settings.jobs)
     chosen = grid.choose_strengths(runs)
     if settings.tune:
         grid.write_chosen(grid.root(settings), chosen)
@@ -104,33 +102,46 @@ def _report(
         raise NumericsError("every run diverged")
 
 
-def _one_by_one(pending: Sequence[PlannedRun]) -> None:
-    from hesstrace_cli.grid import note_divergence
-    from hesstrace_cli.training import Run
-
-    for number, planned in enumerate(pending, start=1):
-        label = f"{number}/{len(pending)} {planned.regularizer} seed {planned.config.seed}"
-        try:
-            train_with_progress(Run(planned.config), label)
-        except NumericsError as problem:
-            note_divergence(planned, str(problem))
-            screen.say(f"warning: {planned.config.out} diverged: {problem}")
-
-
-def _side_by_side(pending: Sequence[PlannedRun], jobs: int) -> None:
+def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
+    """Train what is pending under one live table; a run that diverges is noted and passed by."""
     from hesstrace_cli.grid import note_divergence, run_side_by_side
 
     total = sum(run.config.epochs for run in pending)
     with screen.StopRequest() as stop, screen.Board(len(pending), total) as board:
-        ended = run_side_by_side(pending, jobs, _drawn_on(board), stop)
+        ended = (
+            _one_by_one(pending, board, stop)
+            if jobs == 1
+            else run_side_by_side(pending, jobs, _drawn_on(board), stop)
+        )
         for run, problem in ended:
             board.add_done(run.config.epochs)
-            name = f"{run.regularizer} seed {run.config.seed}"
             if problem is None:
+                name = f"{run.regularizer} seed {run.config.seed}"
                 board.say(f"{board.done}/{len(pending)} {name} finished")
             else:
                 note_divergence(run, problem)
                 board.say(f"warning: {run.config.out} diverged: {problem}")
+
+
+def _one_by_one(
+    pending: Sequence[PlannedRun], board: screen.Board, stop: screen.StopRequest
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Each run as it ends, trained in this process, with the problem where it diverged."""
+    from hesstrace_cli.training import Run
+
+    for number, planned in enumerate(pending, start=1):
+        name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.config.epochs
+        try:
+            run = Run(planned.config)
+            for progress in run.advance(stop):
+                if progress.record is not None:
+                    report_negative(progress.record)
+                    board.show([(name, progress.epoch, epochs)], len(pending) - number)
+            run.finish()
+        except NumericsError as problem:
+            yield planned, str(problem)
+        else:
+            yield planned, None
 
 
 def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:

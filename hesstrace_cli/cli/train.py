@@ -71,7 +71,7 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
                 screen.say(f"{label}: {note}")
             else:
                 bar.update(bar.task_ids[0], note=note)
-            _report_negative(progress.record)
+            report_negative(progress.record)
     return run.finish()
 
 
@@ -84,7 +84,8 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     return line
 
 
-def _report_negative(record: dict[str, Any]) -> None:
+def report_negative(record: dict[str, Any]) -> None:
+    """Say so where the penalty has driven the trace below 0."""
     trace = record["penalty_trace"]
     if trace is not None and trace < 0:
         screen.say(
