@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesstrace_cli.config import DataConfig, EstimateConfig
+from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.xtrace import xtrace
@@ -157,9 +158,23 @@ def ours(flags: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     return measure
 
 
+class Primitive(nn.Module):
+    """A network with norms that PyTorch can differentiate in forward mode, as curvlinops does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, X: Tensor) -> Tensor:
+        with differentiable_ops():
+            return self.model(X)
+
+
 def operator(model: nn.Module, split: TensorSplit, arguments: argparse.Namespace) -> Any:
     from curvlinops import HessianLinearOperator
 
+    if any(isinstance(m, (nn.GroupNorm, nn.LayerNorm)) for m in model.modules()):
+        model = Primitive(model)  # group norm fails else, and layer norm may be wrong
     params = [p for p in model.parameters() if p.requires_grad]
     data = list(split.batches(arguments.batch_size))
     return HessianLinearOperator(

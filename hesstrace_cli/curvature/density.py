@@ -1,0 +1,96 @@
+"""The spectral density by stochastic Lanczos quadrature.
+
+For a random unit vector z, the Ritz values theta_j of m Lanczos steps from z and the squared first
+entries tau_j of their vectors are nodes and weights of a Gauss quadrature of the spectral measure:
+
+    sum_j tau_j f(theta_j) ~ z^T f(A) z,   E[P z^T f(A) z] = tr f(A)
+
+exactly for polynomials f of degree up to 2 m - 1, so for the trace and the Frobenius norm.
+
+Source:
+    Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017;
+    Ghorbani, Krishnan, Xiao, "An investigation into neural net optimization via Hessian
+    eigenvalue density", ICML 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from hesstrace_cli.curvature.lanczos import Krylov
+from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.statistics import Mean, means
+
+
+@dataclass(frozen=True)
+class Density:
+    """Nodes and weights of each probe's quadrature.
+
+    Attributes:
+        size: P.
+        nodes: For each probe its Ritz values, shape (m,).
+        weights: For each probe their weights, which sum to 1.
+    """
+
+    size: int
+    nodes: list[Tensor]
+    weights: list[Tensor]
+
+    def moment(self, power: int) -> Mean:
+        """tr(A^power), with its standard error over the probes."""
+        samples = [
+            self.size * (w * x**power).sum() for x, w in zip(self.nodes, self.weights, strict=True)
+        ]
+        return means(torch.stack(samples)[:, None])[0]
+
+    def share_below(self, bound: float) -> float:
+        """The estimated share of the eigenvalues below a bound."""
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return torch.stack([w[x < bound].sum() for x, w in pairs]).mean().item()
+
+    def quantile(self, share: float) -> float:
+        """The estimated eigenvalue below which so large a share of them lies."""
+        nodes, order = torch.cat(self.nodes).sort()
+        weights = torch.cat(self.weights)[order].cumsum(0) / len(self.nodes)
+        return nodes[int((weights < share).sum().clamp(max=len(nodes) - 1))].item()
+
+    def on_grid(self, points: int = 400, width: float = 0.01) -> tuple[list[float], list[float]]:
+        """The density, each node a Gaussian of standard deviation `width` times the range.
+
+        Returns:
+            Eigenvalues and the share of the eigenvalues per unit of eigenvalue.
+        """
+        nodes, weights = torch.cat(self.nodes), torch.cat(self.weights) / len(self.nodes)
+        low, high = nodes.min().item(), nodes.max().item()
+        sigma = max(width * (high - low), 1e-12 * max(abs(low), abs(high), 1e-300))
+        grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)
+        bells = torch.exp(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2))
+        values = bells @ weights / (sigma * (2 * torch.pi) ** 0.5)
+        return grid.tolist(), values.tolist()
+
+
+def spectral_density(
+    matrix: Any, like: Tensor, size: int, *, num_probes: int, steps: int, generator: Generator
+) -> Density:
+    """Run Lanczos from random signs.
+
+    Args:
+        matrix: A, P x P; only products `matrix @ V` are taken.
+        like: A tensor of A's dtype and device.
+        size: P.
+        num_probes: Start vectors, at least 1; 2 give the moments an error.
+        steps: m, products for each.
+        generator: Source of all randomness.
+    """
+    nodes, weights = [], []
+    for _ in range(num_probes):
+        krylov = Krylov(matrix, rademacher(like.new_empty(size), generator=generator))
+        krylov.extend(steps)
+        values, _, tau = krylov.ritz()
+        nodes.append(values)
+        weights.append(tau)
+    return Density(size, nodes, weights)

@@ -1,0 +1,121 @@
+"""Lanczos, the spectral density and linear stability against matrices that are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hesstrace_cli.curvature.density import spectral_density
+from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
+from hesstrace_cli.stability import sentence, stability, threshold
+
+LIKE = torch.zeros((), dtype=torch.float64)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def matrix_of(eigenvalues, seed=0):
+    P = len(eigenvalues)
+    Q = torch.linalg.qr(torch.randn(P, P, generator=generator(seed), dtype=torch.float64)).Q
+    return Q * torch.as_tensor(eigenvalues, dtype=torch.float64) @ Q.mT
+
+
+def outliers_and_bulk(P=300):
+    bulk = torch.linspace(-0.05, 0.3, P - 4, dtype=torch.float64)
+    return torch.cat([bulk, torch.tensor([2.0, 5.0, 9.0, -1.0], dtype=torch.float64)])
+
+
+def start(P, seed=3):
+    return torch.randn(P, generator=generator(seed), dtype=torch.float64)
+
+
+def test_krylov_relation():
+    A = matrix_of(outliers_and_bulk())
+    krylov = Krylov(A, start(300))
+    krylov.extend(40)
+    V = torch.stack(krylov.basis, 1)
+    torch.testing.assert_close(V.mT @ V, torch.eye(41, dtype=V.dtype), atol=1e-12, rtol=0)
+    T = V[:, :40].mT @ A @ V[:, :40]
+    torch.testing.assert_close(T.diagonal(), torch.tensor(krylov.alphas, dtype=V.dtype))
+    torch.testing.assert_close(T.diagonal(1), torch.tensor(krylov.betas[:-1], dtype=V.dtype))
+
+
+def test_extreme_eigenvalues_lie_within_their_residuals():
+    eigenvalues = outliers_and_bulk()
+    found = extreme_eigenvalues(matrix_of(eigenvalues), start(300), k=3, rtol=1e-6)
+    assert found.largest == pytest.approx([9, 5, 2], abs=1e-5)
+    assert found.smallest == pytest.approx(-1, abs=1e-5)
+    rough = extreme_eigenvalues(matrix_of(eigenvalues), start(300), k=5, max_products=14)
+    for value, residual in zip(rough.largest, rough.residuals, strict=True):
+        assert (eigenvalues - value).abs().min() <= residual + 1e-12
+    assert rough.products == 14
+
+
+@pytest.mark.parametrize("eigenvalues", [[0.0] * 5, [2.0] * 5, [1.0, 2.0, 3.0], [4.0]])
+def test_small_and_degenerate_matrices(eigenvalues):
+    found = extreme_eigenvalues(matrix_of(eigenvalues), start(len(eigenvalues)), k=2)
+    distinct = sorted(set(eigenvalues), reverse=True)
+    for value, truth in zip(found.largest, distinct, strict=False):
+        assert value == pytest.approx(truth, abs=1e-9)
+    assert found.smallest == pytest.approx(min(eigenvalues), abs=1e-9)
+
+
+def test_density_and_its_moments():
+    eigenvalues = outliers_and_bulk()
+    density = spectral_density(
+        matrix_of(eigenvalues), LIKE, 300, num_probes=40, steps=30, generator=generator(1)
+    )
+    for power in (1, 2):
+        moment = density.moment(power)
+        truth = (eigenvalues**power).sum().item()
+        assert abs(moment.value - truth) < 4 * moment.stderr
+    grid, values = density.on_grid()
+    step = grid[1] - grid[0]
+    assert sum(values) * step == pytest.approx(1, rel=1e-3)
+    negative = (eigenvalues < 0).double().mean().item()
+    assert density.share_below(0) == pytest.approx(negative, abs=0.03)
+    assert density.quantile(0.5) == pytest.approx(eigenvalues.median().item(), abs=0.03)
+
+
+def descend(eigenvalues, lr, momentum, nesterov, weight_decay=0.0, steps=400):
+    """PyTorch's SGD on a quadratic with these eigenvalues: how far the distance falls or grows."""
+    A = matrix_of(eigenvalues)
+    w = torch.nn.Parameter(start(len(eigenvalues)))
+    first = w.norm().item()
+    optimizer = torch.optim.SGD(
+        [w], lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (w @ A @ w / 2).backward()
+        optimizer.step()
+    return w.norm().item() / first
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_threshold_is_where_gradient_descent_turns(momentum, nesterov, weight_decay):
+    lr = 0.1
+    bound = threshold(lr, momentum, nesterov=nesterov) - weight_decay
+    below, above = [1.0, bound * 0.97], [1.0, bound * 1.03]
+    assert descend(below, lr, momentum, nesterov, weight_decay) < 0.1
+    assert descend(above, lr, momentum, nesterov, weight_decay) > 10
+
+
+def test_report_counts_and_says_it():
+    settings = {"smallest": -0.5, "negative_share": 0.25, "size": 40, "weight_decay": 0.0}
+    report = stability([30.0, 21.0, 5.0], lr=0.1, momentum=0.0, **settings)
+    assert (report["threshold"], report["num_unstable"]) == (20, 2)
+    assert report["largest_over_threshold"] == 1.5
+    assert report["largest_stable_lr"] == pytest.approx(2 / 30)
+    assert report["flow_unstable_directions"] == 10
+    assert "not linearly stable" in sentence(report)
+    calm = stability([3.0], lr=0.1, momentum=0.9, **settings)
+    assert calm["threshold"] == pytest.approx(38)
+    assert not calm["num_unstable"]
+    assert "is linearly stable" in sentence(calm)
+    more = stability([30.0, 25.0], lr=0.1, momentum=0.0, **settings)
+    assert more["num_unstable_is_lower_bound"]
+    assert "2 or more" in sentence(more)
