@@ -23,9 +23,9 @@ from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
-from hesstrace_cli.data import Split, stratified_order
+from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
-from hesstrace_cli.loading import check_fit, load_checkpoint
+from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 
 SCHEMA = "hesstrace/trace/1"
@@ -301,17 +301,5 @@ def estimate_checkpoint(
         HesstraceError: As `load_checkpoint` and `trace_record`.
     """
     loaded = load_checkpoint(path, config)
-    check_fit(loaded.model, loaded.data, loaded.model_name)
-    split = loaded.data.test if config.split == "test" else loaded.data.train
-    population = len(split)
-    if config.num_examples is not None and config.num_examples < len(split):
-        split = split.subset(stratified_order(split.labels, config.seed)[: config.num_examples])
-    record = trace_record(loaded.model, split, config, on_pass, population=population)
-    place = {
-        "checkpoint": path,
-        "epoch": loaded.epoch,
-        "model": loaded.model_name,
-        "dataset": loaded.data.name,
-        "preprocess": loaded.data.preprocess.as_dict(),
-    }
-    return {**record, **place}, loaded.warnings
+    record = trace_record(loaded.model, loaded.split, config, on_pass, population=loaded.population)
+    return {**record, **describe(path, loaded)}, loaded.warnings

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
-from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.config import CheckpointConfig
 from hesstrace_cli.curvature.objective import uses_batch_statistics
-from hesstrace_cli.data import DataSet, load_data
+from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model, is_plugin
 
@@ -41,6 +41,9 @@ class Loaded:
         model: With the checkpoint's weights.
         data: What it was trained on, or what the user named.
         model_name: As it was built.
+        split: The examples asked for.
+        population: The number of examples that they stand for.
+        run: The settings of the run that wrote it, where it says them.
         epoch: That the checkpoint was written after, where it says so.
         warnings: What the user should know of the estimate.
     """
@@ -48,11 +51,14 @@ class Loaded:
     model: nn.Module
     data: DataSet
     model_name: str
+    split: Split
+    population: int
+    run: dict[str, Any]
     epoch: int | None
     warnings: list[str]
 
 
-def load_checkpoint(path: str, config: EstimateConfig) -> Loaded:
+def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
     """Build the model of a checkpoint and load its data; flags win over what the file says.
 
     Raises:
@@ -98,12 +104,19 @@ def load_checkpoint(path: str, config: EstimateConfig) -> Loaded:
     )
     load_weights(model, checkpoint.state_dict, path)
     model = model.to(device, dtype).eval()
+    check_fit(model, data, model_name)
+    split = data.test if config.split == "test" else data.train
+    population = len(split)
+    if config.num_examples is not None and config.num_examples < population:
+        split = split.subset(stratified_order(split.labels, config.seed)[: config.num_examples])
     notes = [] if checkpoint.note is None else [checkpoint.note]
     notes += _warnings(model, data, config)
-    return Loaded(model, data, model_name, own.get("epoch"), notes)
+    return Loaded(
+        model, data, model_name, split, population, said, own.get("epoch"), notes
+    )  # fmt: skip
 
 
-def _warnings(model: nn.Module, data: DataSet, config: EstimateConfig) -> list[str]:
+def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list[str]:
     X, _ = next(data.test.batches(2))
     if uses_batch_statistics(model, X):
         return [
@@ -143,3 +156,14 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
             f"({data.num_classes},), a logit for each class of {data.name}"
         )
     return logits.shape[1]
+
+
+def describe(path: str, loaded: Loaded) -> dict[str, Any]:
+    """What a record says of its checkpoint."""
+    return {
+        "checkpoint": path,
+        "epoch": loaded.epoch,
+        "model": loaded.model_name,
+        "dataset": loaded.data.name,
+        "preprocess": loaded.data.preprocess.as_dict(),
+    }

@@ -10,6 +10,7 @@ from hesstrace_cli import __version__
 from hesstrace_cli.cli.boundary import ErrorBoundary
 from hesstrace_cli.cli.compare import compare
 from hesstrace_cli.cli.estimate_trace import estimate_trace
+from hesstrace_cli.cli.spectrum import spectrum
 from hesstrace_cli.cli.train import train
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def hesstrace(
 app.command()(train)
 app.command("estimate-trace")(estimate_trace)
 app.command()(compare)
+app.command()(spectrum)
 
 
 def main() -> None:

@@ -1,11 +1,19 @@
 """The settings of every command, by flags and YAML. Nothing here imports torch."""
 
-from hesstrace_cli.config.commands import CompareConfig, DataConfig, EstimateConfig, TrainConfig
+from hesstrace_cli.config.commands import (
+    CheckpointConfig,
+    CompareConfig,
+    DataConfig,
+    EstimateConfig,
+    SpectrumConfig,
+    TrainConfig,
+)
 from hesstrace_cli.config.fields import key_of
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
 from hesstrace_cli.config.rows import REGULARIZERS, parse_row, row_name
 
 __all__ = [
-    "REGULARIZERS", "CompareConfig", "DataConfig", "EstimateConfig", "TrainConfig", "key_of",
-    "parse_row", "read_yaml", "resolve", "row_name", "to_yaml",
+    "REGULARIZERS", "CheckpointConfig", "CompareConfig", "DataConfig", "EstimateConfig",
+    "SpectrumConfig", "TrainConfig", "key_of", "parse_row", "read_yaml", "resolve", "row_name",
+    "to_yaml",
 ]  # fmt: skip

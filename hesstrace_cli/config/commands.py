@@ -220,16 +220,49 @@ class CompareConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateConfig(DataConfig):
+class CheckpointConfig(DataConfig):
+    """What every command that looks at checkpoints has."""
+
+    curvature: str = option(
+        "hessian", "of the mean loss: the Hessian or its Gauss-Newton part", panel="Estimate",
+        choices=("hessian", "ggn"),
+    )  # fmt: skip
+    split: str = option("train", "examples", panel="Estimate", choices=("train", "test"))
+    num_examples: int | None = option(
+        None, "estimate on a stratified subset of this many examples", panel="Estimate", minimum=1
+    )
+    dtype: str = option(
+        "float32", "precision of the computation", panel="Estimate", choices=("float32", "float64")
+    )
+    json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
+    plot: str | None = option(None, "draw to this file (.png, .pdf, .svg)", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumConfig(CheckpointConfig):
+    """Settings of `hesstrace spectrum`."""
+
+    top: int = option(10, "eigenvalues to find, the largest", panel="Estimate", minimum=1)
+    num_probes: int = option(4, "random vectors for the density", panel="Estimate", minimum=1)
+    steps: int = option(30, "Lanczos steps from each of them", panel="Estimate", minimum=2)
+    max_products: int = option(
+        200, "products with the matrix for the eigenvalues, at most", panel="Estimate", minimum=2
+    )
+    lr: float | None = option(
+        None, "learning rate to judge (default: the run's)", panel="Stability", above=0
+    )
+    momentum: float | None = option(
+        None, "momentum to judge (default: the run's)", panel="Stability", minimum=0, maximum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(CheckpointConfig):
     """Settings of `hesstrace estimate-trace`."""
 
     method: str = option(
         "auto", "estimator of the trace", panel="Estimate",
         choices=("auto", "exact", "hutchinson", "dropout", "hutch++", "xtrace"),
-    )  # fmt: skip
-    curvature: str = option(
-        "hessian", "of the mean loss: the Hessian or its Gauss-Newton part", panel="Estimate",
-        choices=("hessian", "ggn"),
     )  # fmt: skip
     num_probes: int | None = option(
         None,
@@ -258,14 +291,6 @@ class EstimateConfig(DataConfig):
         math.inf, "stop after the pass in which this time is over", panel="Estimate", above=0
     )
     per_layer: bool = option(False, "the trace of every parameter tensor too", panel="Estimate")
-    split: str = option("train", "examples", panel="Estimate", choices=("train", "test"))
-    num_examples: int | None = option(
-        None, "estimate on a stratified subset of this many examples", panel="Estimate", minimum=1
-    )
-    dtype: str = option(
-        "float32", "precision of the computation", panel="Estimate", choices=("float32", "float64")
-    )
-    json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
     plot: str | None = option(
         None,
         "draw to this file (.png, .pdf, .svg): the trace of every layer, or of several "

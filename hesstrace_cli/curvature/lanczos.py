@@ -63,7 +63,9 @@ class Krylov:
         off = torch.tensor(self.betas[:-1], dtype=torch.float64)
         T += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(T)
-        return values, self.betas[-1] * vectors[-1].abs(), vectors[0].square()
+        rounding = torch.finfo(self.start.dtype).eps * values.abs().max()
+        residuals = (self.betas[-1] * vectors[-1].abs()).clamp(min=rounding.item())
+        return values, residuals, vectors[0].square()
 
 
 @dataclass(frozen=True)

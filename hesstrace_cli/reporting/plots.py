@@ -163,6 +163,27 @@ def _finish(axes: Axes) -> None:
         axes.legend(fontsize=8)
 
 
+def plot_density(record: Record) -> Figure:
+    """The spectral density on a log scale, the largest eigenvalues and the threshold marked."""
+    figure, axes = _figure(7.0, 4.0)
+    grid, values = record["density"]["grid"], record["density"]["values"]
+    axes.plot(grid, values, color=_BAR, linewidth=1.2, label="density")
+    floor = max(values) * 1e-7
+    axes.set(yscale="log", ylim=(floor, max(values) * 3))
+    largest = record["eigenvalues"]
+    axes.plot(largest, [floor * 2] * len(largest), "v", color="#cc3311", markersize=6,
+              label=f"{len(largest)} largest")  # fmt: skip
+    stability = record["stability"]
+    if stability is not None and stability["threshold"] <= 2 * max(grid[-1], 0):
+        axes.axvline(stability["threshold"], color="black", linestyle="--", linewidth=1,
+                     label=f"stability threshold, lr {stability['lr']:g}")  # fmt: skip
+    name = "H" if record["curvature"] == "hessian" else "G"
+    axes.set(xlabel=f"eigenvalue of {name}", ylabel="share of eigenvalues per unit")
+    axes.set_title(str(record["checkpoint"]), fontsize=9, loc="left")
+    _finish(axes)
+    return figure
+
+
 def _matrix(record: Record) -> str:
     return "tr(H)" if record["curvature"] == "hessian" else "tr(G)"
 

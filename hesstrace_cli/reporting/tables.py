@@ -124,6 +124,46 @@ def layer_rows(record: Mapping[str, Any]) -> Rows:
     return rows
 
 
+SPECTRUM_HEAD = ("quantity", "value", "error")
+
+
+def spectrum_rows(record: Mapping[str, Any]) -> Rows:
+    """The eigenvalues, the density's figures and the stability of one checkpoint."""
+    rows = [
+        [f"eigenvalue {i}", number(value), f"± {number(residual, 2)}"]
+        for i, (value, residual) in enumerate(
+            zip(record["eigenvalues"], record["residuals"], strict=True), start=1
+        )
+    ]
+
+    def add(name: str, value: float | None, error: float | None = None) -> None:
+        text = "" if error is None else f"± {number(error, 2)}"
+        rows.append([name, number(value), text])
+
+    add("smallest eigenvalue", record["smallest"], record["smallest_residual"])
+    add("trace", record["trace"], record["trace_stderr"])
+    add("Frobenius norm", record["frobenius_norm"], record["frobenius_norm_stderr"])
+    rows.append(["share of negative eigenvalues", f"{record['negative_share']:.1%}", "estimated"])
+    add("effective dimension, trace^2 / norm^2", record["effective_dimension"])
+    add("bulk edge, 99 % of eigenvalues below", record["bulk_edge"])
+    add("largest eigenvalue / bulk edge", record["largest_over_bulk_edge"])
+    stability = record["stability"]
+    if stability is not None:
+        name = f"threshold at lr {stability['lr']:g}, momentum {stability['momentum']:g}"
+        add(name, stability["threshold"])
+        add("largest eigenvalue / threshold", stability["largest_over_threshold"])
+        add("largest stable learning rate", stability["largest_stable_lr"])
+        unstable = str(stability["num_unstable"])
+        more = " or more" if stability["num_unstable_is_lower_bound"] else ""
+        rows.append(["unstable directions of gradient descent", unstable + more, ""])
+        flow = str(stability["flow_unstable_directions"])
+        rows.append(["unstable directions of gradient flow", flow, "estimated"])
+        add("fastest time constant", stability["fastest_time_constant"])
+    rows.append(["train loss" if record["split"] == "train" else "test loss",
+                 number(record["loss"]), ""])  # fmt: skip
+    return rows
+
+
 _GENERALIZATION = ("test_accuracy", "test_loss", "calibration_error")
 _CURVATURE = ("train_loss", "generalization_gap", "trace", "top_eigenvalue")
 
