@@ -17,7 +17,8 @@ from typing import Any
 from hesstrace_cli.checkpoints import write_atomically
 from hesstrace_cli.comparison import CHOSEN
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
-from hesstrace_cli.errors import HesstraceError, NumericsError, Stopped
+from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
+from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.runs import RunFolder, default_folder
 
 
@@ -55,6 +56,20 @@ class PlannedRun:
 def root(config: CompareConfig) -> Path:
     """The comparison's folder."""
     return Path(config.out or "comparisons/compare")
+
+
+def lock(config: CompareConfig) -> FolderLock:
+    """Make the comparison's folder and keep other comparisons out of it.
+
+    Raises:
+        ConfigError: If it cannot be made, or another process is at work in it.
+    """
+    folder = root(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--out {str(folder)!r} cannot be used: {problem.strerror}") from problem
+    return FolderLock(folder)
 
 
 def plan(config: CompareConfig) -> list[PlannedRun]:

@@ -20,7 +20,7 @@ from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.objective import LossFunc, Objective, trainable
 from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
-from hesstrace_cli.errors import NumericsError, Stopped
+from hesstrace_cli.errors import HesstraceError, NumericsError, Stopped
 from hesstrace_cli.estimation import (
     calibration_error,
     evaluate,
@@ -29,6 +29,7 @@ from hesstrace_cli.estimation import (
     versions,
 )
 from hesstrace_cli.loading import check_fit, select_device
+from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
@@ -112,6 +113,7 @@ class Run:
         self.data: DataSet = load_data(config, self.device)
         self.model = self._build_model()
         checkpoint = self.folder.open(self.config)
+        self.lock = FolderLock(self.folder.path)
         self.optimizer = self._build_optimizer()
         self.steps_per_epoch = math.ceil(len(self.data.train) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -185,10 +187,14 @@ class Run:
             Stopped: After saving, if `should_stop` said so.
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        while self.step < self.total_steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            with torch.random.fork_rng(devices=devices):
-                yield from self._epoch(epoch, first, should_stop)
+        try:
+            while self.step < self.total_steps:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                with torch.random.fork_rng(devices=devices):
+                    yield from self._epoch(epoch, first, should_stop)
+        except HesstraceError:
+            self.lock.release()
+            raise
 
     def _epoch(
         self, epoch: int, first: int, should_stop: Callable[[], int | None]
@@ -366,6 +372,7 @@ class Run:
             "versions": versions(),
         }
         self.folder.write_summary(summary)
+        self.lock.release()
         return summary
 
     def _summary_split(self) -> Split:

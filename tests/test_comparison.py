@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.estimation import calibration_error, top_eigenvalue
+from tests.conftest import make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -177,3 +180,53 @@ def test_a_half_written_run_goes_on(tmp_path):
     assert (folder / "summary.json").is_file()
     assert math.isfinite(json.loads((tmp_path / "c/results.json").read_text())["rows"][0][
         "test_loss"]["mean"])  # fmt: skip
+
+
+def finished_rows(folder):
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return [
+        {k: v for k, v in row.items() if k not in ("step_cost", "runs")} for row in rows
+    ]  # fmt: skip
+
+
+def test_plan_through_a_shell_and_a_kill_in_the_middle(tmp_path):
+    flags = [*TINY, "--reg", "none", "--reg", "trace=0.01", "--seeds", "0,1"]
+    assert invoke("compare", *flags, "--out", tmp_path / "a").exit_code == 0
+    program = shlex.join([sys.executable, "-m", "hesstrace_cli"])
+    plan = invoke("compare", *flags, "--out", tmp_path / "b", "--plan").stdout
+    script = plan.replace("hesstrace train", f"{program} train")
+    subprocess.run(["sh", "-e", "-c", script], check=True, capture_output=True)
+    assert invoke("compare", *flags, "--out", tmp_path / "b").exit_code == 0
+    assert finished_rows(tmp_path / "b") == finished_rows(tmp_path / "a")
+
+    command = [*shlex.split(program), "compare", *flags, "--out", str(tmp_path / "c")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "1/4" in process.stderr.readline()
+        second = invoke("compare", *flags, "--out", tmp_path / "c")
+        assert second.exit_code == 2
+        assert "in use by another process" in second.stderr
+        process.kill()
+    assert invoke("compare", *flags, "--out", tmp_path / "c").exit_code == 0
+    assert finished_rows(tmp_path / "c") == finished_rows(tmp_path / "a")
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    run = make_run(tmp_path / "r")
+    again = invoke("train", *TINY, "--out", tmp_path / "r", "--resume", "--epochs", "2")
+    assert again.exit_code == 2
+    run.lock.release()
+
+
+def test_an_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("compare", *TINY, "--out", tmp_path / "file" / "c")
+    assert result.exit_code == 2
+    assert "cannot be used" in result.stderr
+
+
+def test_strength_zero_is_the_plain_run(tmp_path):
+    runs = [train_to_end(tmp_path / reg, reg=reg) for reg in ("none", "cutout=0", "trace=0")]
+    for other in runs[1:]:
+        for key, value in runs[0].model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[key])

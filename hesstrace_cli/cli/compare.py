@@ -52,6 +52,7 @@ def compare(
         for run in runs:
             typer.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
         return
+    lock = grid.lock(settings)
     pending = grid.pending(runs)
     if pending:
         _train_all(pending, settings.jobs)
@@ -62,6 +63,7 @@ def compare(
     finished, diverged = grid.results(runs, chosen)
     costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(finished, diverged, costs, grid.root(settings))
+    lock.release()
 
 
 def _tabulate_folders(folders: Sequence[str]) -> None:

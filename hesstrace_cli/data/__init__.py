@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 
 from hesstrace_cli.config import DataConfig
 from hesstrace_cli.data.preprocess import Preprocess
@@ -18,6 +19,7 @@ from hesstrace_cli.errors import DataError
 
 __all__ = ["DataSet", "Split", "load_data", "stratified_order"]
 
+_HELD = 1 << 29  # bytes of image files that are kept decoded, on the device
 _SUBSET_SEED = 0  # of subsets and validation splits: the same for every --seed
 
 
@@ -111,6 +113,11 @@ def _split(
             raise DataError(f"{name} has no examples")
         labels = _labels_of(part)
         indices = torch.arange(len(labels))
+        if isinstance(part, ImageFolder) and config.image_size is not None:
+            numbers = len(labels) * 3 * config.image_size**2
+            if numbers <= _HELD:
+                inputs = torch.stack([image for image, _ in part])
+                return TensorSplit(inputs.to(device), labels.to(device), preprocess, dtype)
         return DatasetSplit(part, indices, labels, preprocess, device, config.num_workers, dtype)
     if len(part.labels) == 0:
         raise DataError(f"{name} has no examples")
