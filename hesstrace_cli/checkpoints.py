@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -9,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -33,20 +34,50 @@ def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> No
     Raises:
         ConfigError: If the file cannot be written; what `path` held is still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not path.is_file():  # a pipe or a device: nothing to keep whole
+            with path.open("wb") as file:
+                _write(file, content)
+            return
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    except (OSError, ValueError) as problem:
+        raise _unwritable(path, problem) from problem
     try:
         with temporary.open("wb") as file:
-            if isinstance(content, Mapping):
-                torch.save(dict(content), file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            _write(file, content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as problem:
-        temporary.unlink(missing_ok=True)
-        reason = getattr(problem, "strerror", None) or problem
-        raise ConfigError(f"{str(path)!r} cannot be written: {reason}") from problem
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _unwritable(path, problem) from problem
+
+
+def _write(file: BinaryIO, content: bytes | str | Mapping[str, Any]) -> None:
+    if isinstance(content, Mapping):
+        torch.save(dict(content), file)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _unwritable(path: Path, problem: Exception) -> ConfigError:
+    reason = getattr(problem, "strerror", None) or problem
+    return ConfigError(f"{str(path)!r} cannot be written: {reason}")
+
+
+def check_writable(path: str | None) -> None:
+    """Find out before the work whether its result can be written.
+
+    Raises:
+        ConfigError: If the file's folder is not there, or cannot be written to.
+    """
+    if path is None or path == "-":
+        return
+    parent = Path(path).parent
+    if not path or Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{path!r} cannot be written; {str(parent)!r} must be a folder")
 
 
 @dataclass(frozen=True)
@@ -80,6 +111,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} holds a {type(content).__name__}, expected a checkpoint")
     if content.get("format") == FORMAT:
+        if not isinstance(content.get("state_dict"), dict) or not isinstance(
+            content.get("config"), dict
+        ):
+            raise ModelError(f"{str(path)!r} is damaged: it has no state_dict or no config")
         return Checkpoint(content["state_dict"], content)
     weights, note = _find_weights(content, str(path))
     epoch = content.get("epoch")
@@ -111,7 +146,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _find_weights(content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], str | None]:
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+    if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return _without_prefixes(content), None
     present = [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
     if not present:

@@ -16,6 +16,7 @@ from scipy.special import stdtr
 from hesstrace_cli.checkpoints import write_atomically
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.runs import RunFolder
 
 SCHEMA = "hesstrace/comparison/1"
 MEASURES = (
@@ -49,8 +50,9 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return [file for file in found if names is None or file.parent.name in names]
 
     finished = [
-        {**json.loads(file.read_text()), "folder": str(file.parent)}
+        {**summary, "folder": str(file.parent)}
         for file in files("summary.json")
+        if (summary := RunFolder(file.parent).summary()) is not None
     ]
     diverged = [json.loads(file.read_text()) for file in files("diverged.json")]
     if not finished and not diverged:
@@ -104,7 +106,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def measure(summary: Summary, name: str) -> float | None:
     """One measure of a finished run; None where it was not taken."""
     if name == "trace":
-        return float(summary["trace"]["trace"])
+        trace = summary["trace"]["trace"]
+        return None if trace is None else float(trace)
     if name == "generalization_gap":
         return float(summary["test_loss"] - summary["train_loss"])
     value = summary.get(name)
@@ -124,6 +127,7 @@ def tabulate(
             loss that is not finite.
         step_cost: The time of a step over that of `none`, by regularizer.
     """
+    summaries = _distinct(summaries)
     groups: dict[tuple[str, str], list[Summary]] = {}
     for summary in [*summaries, *diverged]:
         groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
@@ -131,6 +135,24 @@ def tabulate(
     for (dataset, model), members in groups.items():
         rows += _group(dataset, model, members, step_cost or {})
     return {"schema": SCHEMA, "rows": rows}
+
+
+def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
+    """Each run once.
+
+    Raises:
+        ConfigError: If two runs would stand in the same place of the table.
+    """
+    places: dict[tuple[Any, ...], Summary] = {}
+    for s in summaries:
+        place = (s["dataset"], s["model"], s["regularizers"], s["seed"])
+        other = places.setdefault(place, s)
+        if Path(other["folder"]).resolve() != Path(s["folder"]).resolve():
+            raise ConfigError(
+                f"{other['folder']!r} and {s['folder']!r} are both {s['regularizers']} with seed "
+                f"{s['seed']} of {s['model']} on {s['dataset']}; tabulate one of them"
+            )
+    return list(places.values())
 
 
 def _group(

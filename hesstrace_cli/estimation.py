@@ -181,10 +181,14 @@ def estimate(
 
 
 def _stop(config: EstimateConfig) -> Stop:
-    rtol = config.rtol
-    if rtol is None and config.num_probes is None:
-        rtol = _DEFAULT_RTOL
-    return Stop(rtol, config.atol, config.max_passes, config.max_seconds)
+    """One pass where only the number of probes is given; else to a tolerance."""
+    limits = (config.rtol, config.atol, config.max_passes)
+    bounded = any(limit is not None for limit in limits) or math.isfinite(config.max_seconds)
+    if not bounded and config.num_probes is not None:
+        return Stop(None)
+    default = 0.0 if config.atol is not None else _DEFAULT_RTOL
+    rtol = default if config.rtol is None else config.rtol
+    return Stop(rtol, config.atol or 0.0, config.max_passes or 100, config.max_seconds)
 
 
 def _by_sketch(

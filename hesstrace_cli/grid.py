@@ -115,7 +115,15 @@ def arguments(config: TrainConfig) -> list[str]:
 
 
 def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The runs that are not done, those begun already to be resumed."""
+    """The runs that are not done, those begun already to be resumed.
+
+    Raises:
+        ConfigError: If a run's folder holds one with other settings.
+    """
+    for run in runs:
+        settings = run.folder.path / "config.yaml"
+        if settings.is_file():
+            run.folder.check_same(run.config, str(settings))
     return [
         dataclasses.replace(
             run,

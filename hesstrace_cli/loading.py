@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
-from hesstrace_cli.curvature.objective import uses_batch_statistics
-from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
+from hesstrace_cli.curvature.objective import call_as_it_is, uses_batch_statistics
+from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model, is_plugin
 
@@ -25,7 +25,8 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    digits = number.isascii() and number.isdigit()
+    if kind not in ("cpu", "cuda") or (":" in name and not (digits and kind == "cuda")):
         raise ConfigError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
@@ -78,6 +79,11 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
             f"you repeat it: --model {model_name}"
         )
     dataset = config.dataset or said.get("dataset")
+    if config.dataset is None and dataset is not None and is_data_plugin(dataset):
+        raise ModelError(
+            f"checkpoint {path!r} names the data plug-in {dataset!r}, which is imported only if "
+            f"you repeat it: --dataset {dataset}"
+        )
     if dataset is None:
         raise ConfigError(f"checkpoint {path!r} does not say its data; give --dataset")
     same_data = dataset == said.get("dataset")
@@ -143,19 +149,42 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
             logits = model(X)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as problem:
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(
             f"model {name!r} does not take inputs of shape {data.in_shape}: {reason}"
         ) from problem
     finally:
         model.train(was_training)
+    _check_output(logits, name, "eval mode")
     if logits.dim() != 2 or logits.shape[1] < data.num_classes:
         raise ModelError(
             f"model {name!r} gives outputs of shape {tuple(logits.shape[1:])}, expected "
             f"({data.num_classes},), a logit for each class of {data.name}"
         )
     return logits.shape[1]
+
+
+def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
+    """Try the model in training mode, in which some give more than logits.
+
+    Raises:
+        ModelError: If what it gives is no tensor.
+    """
+    X, _ = next(data.train.batches(2))
+    if len(X) < 2:
+        return
+    devices = [X.device] if X.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        _check_output(call_as_it_is(model.train(), X), name, "training mode")
+
+
+def _check_output(output: object, name: str, mode: str) -> None:
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"model {name!r} gives a {type(output).__name__} in {mode}, expected a tensor of "
+            "logits (N, C); torchvision's auxiliary outputs: --model-arg aux_logits=false"
+        )
 
 
 def describe(path: str, loaded: Loaded) -> dict[str, Any]:

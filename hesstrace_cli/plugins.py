@@ -32,6 +32,8 @@ def load_factory(spec: str, error: type[HesstraceError]) -> Callable[..., Any]:
             imported code itself raises goes through, with its traceback.
     """
     where, _, name = spec.rpartition(":")
+    if not where or (where.startswith(".") and not where.endswith(".py")):
+        raise error(f"{spec!r} is no factory, expected FILE.py:factory or package.module:factory")
     module = _import_file(Path(where), error) if where.endswith(".py") else _import(where, error)
     factory = getattr(module, name, None)
     if not callable(factory):

@@ -12,6 +12,8 @@ from hesstrace_cli.checkpoints import read_checkpoint, write_atomically
 from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name, to_yaml
 from hesstrace_cli.errors import ConfigError, ModelError
 
+SCHEMA = "hesstrace/run/1"
+
 # May differ between the first part of a run and a resumed one: they say where, not what.
 _PLACE = ("out", "resume", "device", "num_workers", "data_dir", "download")
 
@@ -56,7 +58,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None of an unfinished one."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            summary = json.loads(file.read_text())
+            return summary if summary["schema"] == SCHEMA else None
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ConfigError(f"{str(file)!r} is damaged; remove it and --resume") from problem
 
     def open(self, config: TrainConfig) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to go on from.
@@ -82,7 +90,7 @@ class RunFolder:
                 "another folder"
             )
         if config.resume and settings.is_file():
-            self._check_same(config, str(settings))
+            self.check_same(config, str(settings))
             return self._last_state()
         if occupied:
             raise ConfigError(f"--out {str(self.path)!r} is not empty and holds no run to resume")
@@ -97,7 +105,12 @@ class RunFolder:
             raise ModelError(f"{str(self.last)!r} holds no state of a run to resume")
         return content
 
-    def _check_same(self, config: TrainConfig, settings: str) -> None:
+    def check_same(self, config: TrainConfig, settings: str) -> None:
+        """Compare with the settings of the run that is in the folder.
+
+        Raises:
+            ConfigError: If they differ in more than where to run.
+        """
         before = resolve(TrainConfig, {}, settings)
         changed = [
             f"{key_of(item.name)} was {getattr(before, item.name)}, is {getattr(config, item.name)}"
@@ -106,8 +119,8 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"--resume with changed settings: {'; '.join(changed)}. Repeat the run's own "
-                f"with --config {settings}"
+                f"{str(self.path)!r} holds a run with other settings: {'; '.join(changed)}. Repeat "
+                f"its own with --config {settings}, or choose another --out"
             )
 
     def truncate_metrics(self, epochs: int) -> None:
@@ -121,7 +134,7 @@ class RunFolder:
         """Add the line of one epoch."""
         try:
             with self.metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as problem:
             raise ConfigError(
                 f"{str(self.metrics)!r} cannot be written: {problem.strerror}"
@@ -129,4 +142,6 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, the sign that the run is finished."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(
+            self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        )

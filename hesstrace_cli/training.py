@@ -17,10 +17,10 @@ from torch import Generator, Tensor, nn
 from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
 from hesstrace_cli.curvature.differentiable import differentiable_ops
-from hesstrace_cli.curvature.objective import LossFunc, Objective, trainable
+from hesstrace_cli.curvature.objective import LossFunc, Objective, call_as_it_is, trainable
 from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
-from hesstrace_cli.errors import HesstraceError, NumericsError, Stopped
+from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, NumericsError, Stopped
 from hesstrace_cli.estimation import (
     calibration_error,
     evaluate,
@@ -28,14 +28,13 @@ from hesstrace_cli.estimation import (
     trace_record,
     versions,
 )
-from hesstrace_cli.loading import check_fit, select_device
+from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
-from hesstrace_cli.runs import RunFolder, default_folder
+from hesstrace_cli.runs import SCHEMA, RunFolder, default_folder
 
-SCHEMA = "hesstrace/run/1"
 _SUMMARY_EXAMPLES = 2000  # of the trace in the summary; more make no difference to a comparison
 
 # One stream of randomness each, so that one more draw in one does not move the others.
@@ -112,10 +111,8 @@ class Run:
         self.device = select_device(config.device)
         self.data: DataSet = load_data(config, self.device)
         self.model = self._build_model()
-        checkpoint = self.folder.open(self.config)
-        self.lock = FolderLock(self.folder.path)
         self.optimizer = self._build_optimizer()
-        self.steps_per_epoch = math.ceil(len(self.data.train) / config.batch_size)
+        self.steps_per_epoch = self._count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
         self.row = parse_row(config.reg, config.lambda_)
         self.loss_func: LossFunc = F.cross_entropy
@@ -125,6 +122,9 @@ class Run:
         self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
         self.sums = Sums.zero(self.device)
         self.model_random_state: Tensor | None = None
+        # Last: what fails before leaves no folder behind.
+        checkpoint = self.folder.open(self.config)
+        self.lock = FolderLock(self.folder.path)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.folder.truncate_metrics(self.step // self.steps_per_epoch)
@@ -142,7 +142,34 @@ class Run:
             load_weights(model, read_checkpoint(config.init).state_dict, config.init)
         model = model.to(self.device).train()
         self.num_logits = check_fit(model, self.data, config.model)
+        check_training_output(model, self.data, config.model)
         return model
+
+    def _count_steps(self) -> int:
+        """Steps in an epoch; one example left over that has no batch statistics sits it out.
+
+        Raises:
+            ConfigError: If no batch has batch statistics.
+        """
+        size, batch_size = len(self.data.train), self.config.batch_size
+        if (min(size, batch_size) > 1 and size % batch_size != 1) or self._takes_one_example():
+            return math.ceil(size / batch_size)
+        if min(size, batch_size) == 1:
+            raise ConfigError(
+                "a batch of one example has no batch statistics here; give a larger --batch-size, "
+                "more examples, or a model without BatchNorm"
+            )
+        return size // batch_size
+
+    def _takes_one_example(self) -> bool:
+        X, _ = next(self.data.train.batches(1))
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                call_as_it_is(self.model.train(), X)
+        except ValueError:  # "Expected more than 1 value per channel when training"
+            return False
+        return True
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config, params = self.config, trainable(self.model).values()
@@ -206,6 +233,7 @@ class Run:
             self.model_random_state = None
         generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
+        order = order[: self.steps_per_epoch * self.config.batch_size]
         batches = self.data.train.batches(
             self.config.batch_size, order[first * self.config.batch_size :]
         )
@@ -298,7 +326,7 @@ class Run:
         }
         if self.data.val is not None:
             loss, accuracy = evaluate(self.model, self.data.val, self.config.batch_size)
-            record |= {"val_loss": loss, "val_accuracy": accuracy}
+            record |= {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}
         record["seconds"] = self.seconds
         self.sums = Sums.zero(self.device)
         self.folder.append_metrics(record)
@@ -350,6 +378,11 @@ class Run:
         self.model.eval()
         train_loss, train_accuracy = evaluate(self.model, self.data.train, batch_size)
         test_loss, test_accuracy = evaluate(self.model, self.data.test, batch_size)
+        if not math.isfinite(train_loss + test_loss):
+            raise NumericsError(
+                f"the train loss is {train_loss:g} and the test loss {test_loss:g} after the last "
+                f"step; the weights are in {self.folder.last}"
+            )
         val = self.data.val
         summary: dict[str, Any] = {
             "schema": SCHEMA,
@@ -413,7 +446,12 @@ class Run:
         )  # fmt: skip
         place = {"checkpoint": str(self.folder.last), "model": self.config.model,
                  "dataset": self.config.dataset}  # fmt: skip
-        return {**trace_record(self.model, split, config), **place}
+        try:
+            record = trace_record(self.model, split, config, population=len(self.data.train))
+        except ModelError as problem:  # the training itself was fine
+            nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
+            return {**nothing, "reason": str(problem), "per_layer": [], **place}
+        return {**record, **place}
 
     def _penalty_description(self) -> dict[str, Any] | None:
         if "trace" not in self.row:

@@ -318,7 +318,9 @@ def test_plugins(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert_one_line_error(invoke("estimate-trace", out / "last.pt"), 4, "repeat it: --model")
-    again = invoke("estimate-trace", out / "last.pt", "--model", f"{plugin}:model")
+    model = ("--model", f"{plugin}:model")
+    assert_one_line_error(invoke("estimate-trace", out / "last.pt", *model), 4, "--dataset")
+    again = invoke("estimate-trace", out / "last.pt", *model, "--dataset", f"{plugin}:data")
     assert again.exit_code == 0, again.output
 
 
@@ -396,3 +398,114 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
     assert "--resume" in rest.splitlines()[-1]
     saved = read_checkpoint(tmp_path / "r" / "last.pt")
     assert saved.content["step"] >= 17
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.t = nn.Linear(64, 10), nn.Parameter(torch.tensor(1.0))
+    def forward(self, X):
+        return self.linear(X.flatten(1)) * torch.exp(self.t)
+
+class Pair(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+    def forward(self, X):
+        logits = super().forward(X.flatten(1))
+        return (logits, logits) if self.training else logits
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.tanh().square())
+
+class OnceNet(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+    def forward(self, X):
+        return Once.apply(super().forward(X.flatten(1)))
+"""
+
+
+def test_odd_models(tmp_path):
+    """A 0-dim parameter; auxiliary outputs; no second derivative, which training does not need."""
+    (tmp_path / "odd.py").write_text(MODELS)
+
+    def train(name, *more):
+        flags = ("--epochs", "1", "--train-examples", "60", "--out", tmp_path / name, *more)
+        return invoke("train", "--model", f"{tmp_path}/odd.py:{name}", *flags)
+
+    assert train("Temperature").exit_code == 0
+    assert_one_line_error(train("Pair"), 4, "tuple", "training mode")
+    assert not (tmp_path / "Pair").exists()
+    once = train("OnceNet")
+    assert once.exit_code == 0, once.output
+    assert "not known" in once.stdout
+    summary = json.loads((tmp_path / "OnceNet" / "summary.json").read_text())
+    assert summary["trace"]["trace"] is None
+    assert "OnceNet" in summary["trace"]["reason"]
+
+
+def test_one_example_left_over_sits_out_of_batch_statistics(tmp_path):
+    (tmp_path / "flat.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))\n"
+    )
+    flags = ("--epochs", "1", "--train-examples", "73", "--val-fraction", "0", "--model")
+    flat = f"{tmp_path}/flat.py:build"
+    for model, name in ((flat, "a"), ("small-cnn", "b")):
+        result = invoke("train", *flags, model, "--batch-size", "24", "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    one = invoke("train", *flags, flat, "--batch-size", "1", "--out", tmp_path / "c")
+    assert_one_line_error(one, 2, "batch statistics")
+
+
+def test_other_settings_are_not_taken_for_the_same_comparison(tmp_path):
+    flags = (*TINY[2:], "--seeds", "0", "--reg", "none", "--out", tmp_path / "c")
+    assert invoke("compare", *flags, "--epochs", "1").exit_code == 0
+    assert_one_line_error(invoke("compare", *flags, "--epochs", "2"), 2, "epochs was 1, is 2")
+
+
+def test_json_through_a_link_and_to_places_that_cannot_be(checkpoint, tmp_path):
+    (tmp_path / "real.json").write_text("")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert invoke("estimate-trace", checkpoint, "--json", tmp_path / "link.json").exit_code == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["schema"] == "hesstrace/trace/1"
+    for place in (tmp_path, tmp_path / "no" / "x.json", tmp_path / "real.json" / "x.json"):
+        result = invoke("estimate-trace", checkpoint, "--json", place)
+        assert_one_line_error(result, 2, "cannot be written")
+
+
+def test_stopping_rules_hold_beside_num_probes(checkpoint):
+    flags = ("--method", "hutchinson", "--num-probes", "2", "--json", "-")
+    one = json.loads(invoke("estimate-trace", checkpoint, *flags).stdout)
+    four = json.loads(
+        invoke("estimate-trace", checkpoint, *flags, "--max-passes", "4", "--rtol", "0").stdout
+    )
+    wide = json.loads(invoke("estimate-trace", checkpoint, *flags, "--atol", "1e6").stdout)
+    assert (one["passes"], four["passes"]) == (1, 4)
+    assert wide["ci95"][1] - wide["ci95"][0] <= 2e6
+
+
+@pytest.mark.parametrize("value", ["cpu:", "cpu:3", "cuda:", "cuda:x", "gpu"])
+def test_devices_that_are_none(value):
+    assert_one_line_error(invoke("train", "--device", value), 2, value)
+
+
+def test_strengths_keep_all_their_digits(tmp_path):
+    flags = (*TINY, "--seeds", "0", "--reg", "trace=0.123456789", "--reg", "trace=0.1234567")
+    plan = invoke("compare", *flags, "--out", tmp_path / "c", "--plan").stdout
+    assert "trace=0.123456789 " in plan
+    assert "trace=0.1234567 " in plan

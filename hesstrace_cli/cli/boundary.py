@@ -54,8 +54,10 @@ class ErrorBoundary(TyperGroup):
 
 def _is_out_of_memory(problem: Exception) -> bool:
     torch = sys.modules.get("torch")
-    return isinstance(problem, MemoryError) or (
-        torch is not None and isinstance(problem, torch.OutOfMemoryError)
+    return (
+        isinstance(problem, MemoryError)
+        or (torch is not None and isinstance(problem, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in str(problem)  # a plain RuntimeError, on the CPU
     )
 
 

@@ -35,9 +35,12 @@ def estimate_trace(
     """
     settings = resolve(EstimateConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.checkpoints import check_writable, write_atomically
     from hesstrace_cli.estimation import estimate_checkpoint
 
+    check_writable(settings.json)
+    check_writable(settings.plot)
+    plots.check_format(settings.plot)
     records = []
     for path in checkpoints:
         record, warnings = estimate_checkpoint(path, settings, _on_pass(path))

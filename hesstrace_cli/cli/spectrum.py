@@ -27,9 +27,12 @@ def spectrum(
     """
     settings = resolve(SpectrumConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.checkpoints import check_writable, write_atomically
     from hesstrace_cli.spectrum import spectrum_of_checkpoint
 
+    check_writable(settings.json)
+    check_writable(settings.plot)
+    plots.check_format(settings.plot)
     record, warnings = spectrum_of_checkpoint(checkpoint, settings)
     for warning in warnings:
         screen.say(f"warning: {warning}")

@@ -70,7 +70,7 @@ class DataConfig:
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", panel="Machine")
     seed: int = option(0, "seed of all randomness", panel="Machine", minimum=0, maximum=2**31)
-    batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1)
+    batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1, maximum=2**31)
     num_workers: int = option(0, "processes that load image files", panel="Machine", minimum=0)
 
     def __post_init__(self) -> None:
@@ -285,8 +285,10 @@ class EstimateConfig(CheckpointConfig):
         panel="Estimate",
         minimum=0,
     )
-    atol: float = option(0.0, "or within this absolute width", panel="Estimate", minimum=0)
-    max_passes: int = option(100, "stop after this many passes", panel="Estimate", minimum=1)
+    atol: float | None = option(None, "or within this absolute width", panel="Estimate", minimum=0)
+    max_passes: int | None = option(
+        None, "stop after this many passes (default: 100)", panel="Estimate", minimum=1
+    )
     max_seconds: float = option(
         math.inf, "stop after the pass in which this time is over", panel="Estimate", above=0
     )

@@ -56,7 +56,7 @@ def key_of(field_name: str) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Half a sentence that names the nearest known name, or a full stop."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, known, n=1, cutoff=0.0)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 

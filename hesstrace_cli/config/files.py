@@ -39,7 +39,7 @@ def read_yaml(config_class: type[DataConfig], file: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as problem:
         raise ConfigError(f"config {file!r} cannot be read: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as problem:
         reason = " ".join(str(problem).split())
         raise ConfigError(f"config {file!r} is not YAML: {reason}") from problem
     if content is None:
@@ -72,7 +72,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if kinds.startswith("list"):
             return [_to_number_or_text(kinds, item) for item in _to_list(value, kinds)]
         return _to_number_or_text(str(getattr(hint, "__name__", kinds)), value)
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, OverflowError, yaml.YAMLError) as problem:
         expected = _expected(kinds if not isinstance(hint, type) else hint.__name__)
         raise ConfigError(f"--{key_of(name)} is {value!r}, expected {expected}") from problem
 

@@ -79,6 +79,8 @@ def parse_terms(entries: Sequence[str]) -> list[tuple[str, float | None]]:
         name, equals, text = part.partition("=")
         if name == "none" and not equals:
             continue
+        if name == "none":
+            raise ConfigError(f"none has no strength, {part!r} was given")
         if name not in REGULARIZERS and ":" not in name:
             known = ["none", *REGULARIZERS]
             raise ConfigError(
@@ -169,4 +171,10 @@ def tuned_rows(
 
 def row_name(row: Mapping[str, float]) -> str:
     """The canonical name of a row: "none", or `name=strength` joined with commas."""
-    return ",".join(f"{name}={strength:g}" for name, strength in row.items()) or "none"
+    return ",".join(f"{name}={_shortest(value)}" for name, value in row.items()) or "none"
+
+
+def _shortest(value: float) -> str:
+    """The shortest text that is read back as the same number."""
+    text = f"{value + 0.0:g}"  # -0 is 0
+    return text if float(text) == value else repr(value)

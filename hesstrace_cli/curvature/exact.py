@@ -20,6 +20,7 @@ from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.norm_rules import output_shape
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.curvature.per_example import (
+    check_independence,
     check_layouts,
     differentiated_norms,
     find_uses,
@@ -58,6 +59,7 @@ class PerExampleTrace:
 
     def __init__(self, objective: Objective, X: Tensor) -> None:
         self.objective = objective
+        check_independence(self._logits, X, Generator(X.device).manual_seed(0))
         logits = self._logits(X)
         uses = find_uses(logits, objective.params)
         self._layouts = check_layouts(logits, uses)

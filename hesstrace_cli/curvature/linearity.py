@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from hesstrace_cli.curvature.graph import topological
 from hesstrace_cli.curvature.probes import Params
@@ -53,7 +54,12 @@ _BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 def operation(node: Any) -> str:
-    """The name of the operation behind a node of the graph: "AddmmBackward0" is "Addmm"."""
+    """The name of the operation behind a node of the graph: "AddmmBackward0" is "Addmm".
+
+    A user's own `autograd.Function` may be called anything: its name is marked.
+    """
+    if isinstance(node, BackwardCFunction):
+        return f"autograd.Function {type(node).__name__}"
     return re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
 
 

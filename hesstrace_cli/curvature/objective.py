@@ -76,7 +76,8 @@ class Objective:
         logits = self.logits(params, X)
         at = logits.detach().requires_grad_()
         (slope,) = torch.autograd.grad(self.loss_func(at, y), at)
-        return (slope * logits).sum()
+        # Needing a gradient, it lets a backward that cannot be differentiated again be found.
+        return (slope.detach().requires_grad_() * logits).sum()
 
 
 class _BatchStatistics(TorchFunctionMode):

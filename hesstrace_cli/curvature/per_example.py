@@ -112,6 +112,38 @@ def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
     return Use(GradientEdge(node, 0), names, num_rows, norms, flatten)
 
 
+def check_independence(
+    logits_of: Callable[[Tensor], Tensor], X: Tensor, generator: Generator
+) -> None:
+    """Refuse a model that lets examples of a batch touch each other.
+
+    Inputs without a gradient are told by the logits of an example with and without the others.
+
+    Raises:
+        MixedExamples: If the logits of an example depend on the others in its batch.
+    """
+    if len(X) < 2:
+        return
+    mixed: bool
+    if X.is_floating_point():
+        inputs = X.detach().requires_grad_()
+        chosen = torch.arange(len(X), device=X.device) % 2 == 0
+        logits = logits_of(inputs)
+        weights = torch.randn(logits.shape, generator=generator, device=X.device).to(logits.dtype)
+        if logits.requires_grad:
+            (slope,) = torch.autograd.grad(
+                logits, inputs, weights * chosen[:, None], materialize_grads=True
+            )
+            mixed = bool(slope[~chosen].any())
+        else:
+            mixed = False
+    else:
+        with torch.no_grad():
+            mixed = not torch.allclose(logits_of(X)[:1], logits_of(X[:1]), rtol=1e-3, atol=1e-5)
+    if mixed:
+        raise MixedExamples("the logits of an example depend on the others in its batch")
+
+
 class MixedExamples(Exception):
     """Examples are not independent of each other, so that none has a gradient of its own."""
 
@@ -216,19 +248,22 @@ def differentiated_norms(
 
     def one(x: Tensor, directions: Tensor) -> Norms:
         logits, pull = vjp(lambda p: logits_of(p, x[None])[0], dict(params))  # type: ignore[misc]
-        grads = vmap(lambda u: pull(u)[0])(cotangents_of(logits, directions))
-        return {name: g.flatten(1).square().sum(1) for name, g in grads.items()}
+        rows = [pull(u)[0] for u in cotangents_of(logits, directions)]
+        return {name: torch.stack([row[name].square().sum() for row in rows]) for name in params}
 
-    numbers = len(e) * sum(p.numel() for p in params.values())
+    size = max(1, norm_rules.CHUNK // (len(e) * sum(p.numel() for p in params.values())))
     try:
-        mapped = vmap(
-            one, in_dims=(0, 1), out_dims=1, chunk_size=max(1, norm_rules.CHUNK // numbers)
-        )
-        return mapped(X, e)
+        mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, e)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError):  # an operation that vmap cannot batch
         return _one_by_one(logits_of, params, X, cotangents_of, e)
+    # Or batches wrongly, which it did for prelu: two examples by themselves tell.
+    ends = [0, len(X) - 1]
+    alone = _one_by_one(logits_of, params, X[ends], cotangents_of, e[:, ends])
+    if all(torch.allclose(mapped[name][:, ends], alone[name], rtol=1e-3) for name in params):
+        return mapped
+    return _one_by_one(logits_of, params, X, cotangents_of, e)
 
 
 def _one_by_one(

@@ -13,11 +13,11 @@ from torchvision.datasets import ImageFolder
 
 from hesstrace_cli.config import DataConfig
 from hesstrace_cli.data.preprocess import Preprocess
-from hesstrace_cli.data.sources import Arrays, Source, open_source
+from hesstrace_cli.data.sources import Arrays, Source, is_data_plugin, open_source
 from hesstrace_cli.data.splits import DatasetSplit, Split, TensorSplit, stratified_order
 from hesstrace_cli.errors import DataError
 
-__all__ = ["DataSet", "Split", "load_data", "stratified_order"]
+__all__ = ["DataSet", "Split", "is_data_plugin", "load_data", "stratified_order"]
 
 _HELD = 1 << 29  # bytes of image files that are kept decoded, on the device
 _SUBSET_SEED = 0  # of subsets and validation splits: the same for every --seed
@@ -78,6 +78,11 @@ def load_data(
     num_classes = config.num_classes or source.num_classes
     if num_classes is None:
         num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+        if num_classes > max(1000, 100 * len(train)):
+            raise DataError(
+                f"{config.dataset}: labels go up to {num_classes - 1} among {len(train)} examples; "
+                "if that is right, say so with --num-classes"
+            )
     for name, part in (("train", train), ("test", test)):
         _check_labels(part.labels, num_classes, f"{config.dataset} ({name})")
     train, val = _hold_out(train, config)
@@ -116,7 +121,7 @@ def _split(
         if isinstance(part, ImageFolder) and config.image_size is not None:
             numbers = len(labels) * 3 * config.image_size**2
             if numbers <= _HELD:
-                inputs = torch.stack([image for image, _ in part])
+                inputs = _decoded(part)
                 return TensorSplit(inputs.to(device), labels.to(device), preprocess, dtype)
         return DatasetSplit(part, indices, labels, preprocess, device, config.num_workers, dtype)
     if len(part.labels) == 0:
@@ -128,6 +133,13 @@ def _split(
             raise DataError(f"{name}: {int((~finite).sum())} inputs hold NaN or infinite values, "
                             f"the first is number {first}")  # fmt: skip
     return TensorSplit(part.inputs.to(device), part.labels.to(device), preprocess, dtype)
+
+
+def _decoded(folder: ImageFolder) -> Tensor:
+    try:
+        return torch.stack([image for image, _ in folder])
+    except OSError as problem:
+        raise DataError(f"an image of {folder.root!r} cannot be read: {problem}") from problem
 
 
 def _labels_of(dataset: Dataset[Any]) -> Tensor:

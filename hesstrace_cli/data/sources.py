@@ -70,6 +70,11 @@ _TORCHVISION = {
 }
 
 
+def is_data_plugin(spec: str) -> bool:
+    """Whether opening this data set imports code of the user's."""
+    return ":" in spec and not spec.startswith("imagefolder:") and not spec.endswith(".npz")
+
+
 def open_source(
     spec: str, *, data_dir: str = "data", download: bool = False, image_size: int | None = None
 ) -> Source:
@@ -86,7 +91,7 @@ def open_source(
         return _image_folder(Path(spec.removeprefix("imagefolder:")), image_size)
     if spec.endswith(".npz"):
         return _npz(Path(spec), image_size)
-    if ":" in spec:
+    if is_data_plugin(spec):
         return _plugin(spec)
     known = ", ".join(["digits", *_TORCHVISION])
     raise ConfigError(
@@ -185,8 +190,12 @@ def _npz(path: Path, image_size: int | None) -> Source:
 
 def _npz_part(path: Path, x: Any, y: Any, part: str, image_size: int | None) -> Arrays:
     where = f"{str(path)!r}, {part}"
-    if x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
-        raise DataError(f"{where}: x has type {x.dtype}, expected uint8 or floating point")
+    plain = x.ndim > 1 and x.dtype.itemsize <= 8 and x.dtype.isnative
+    if not plain or x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
+        raise DataError(
+            f"{where}: x has type {x.dtype} and shape {x.shape}, expected uint8 or native "
+            "floating point, an example a row"
+        )
     if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
         raise DataError(
             f"{where}: y has type {y.dtype} and shape {y.shape}, expected whole numbers ({len(x)},)"

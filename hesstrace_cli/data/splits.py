@@ -113,11 +113,24 @@ class DatasetSplit:
             # Without one, every pass would draw a seed for the workers from the global state.
             generator=Generator().manual_seed(0),
         )
-        for inputs, labels in loader:
+        for inputs, labels in _readable(loader):
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError("an input of the data set is NaN or infinite, expected numbers")
             inputs = inputs.to(self.device, non_blocking=True)
             yield self.preprocess(inputs, self.dtype), labels.to(self.device, non_blocking=True)
+
+
+def _readable(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches; a file that cannot be read is the data's fault.
+
+    Raises:
+        DataError: In one line, also where a worker met the problem.
+    """
+    try:
+        yield from loader
+    except (OSError, DataError) as problem:
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise DataError(lines[-1].removeprefix("hesstrace_cli.errors.DataError: ")) from problem
 
 
 def _collate(examples: Sequence[tuple[Any, Any]]) -> Batch:

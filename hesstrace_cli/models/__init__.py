@@ -59,7 +59,9 @@ def build_model(
         torch.manual_seed(seed)
         try:
             model = factory(**arguments)
-        except (TypeError, ValueError) as problem:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as problem:
             if is_plugin(spec) and not model_args:
                 raise
             raise ModelError(f"model {spec!r} cannot be built: {problem}") from problem

@@ -17,6 +17,19 @@ _BAR, _BAR_HEIGHT, _MOST_BARS = "#4477aa", 0.22, 60
 Record = Mapping[str, Any]
 
 
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def check_format(file: str | None) -> None:
+    """Find out before the work whether a plot can be drawn to this file.
+
+    Raises:
+        ConfigError: If its name does not end with a known format.
+    """
+    if file is not None and Path(file).suffix.lower() not in FORMATS:
+        raise ConfigError(f"--plot is {file!r}, expected a name ending with {', '.join(FORMATS)}")
+
+
 def save(figure: Figure, file: str) -> None:
     """Write a figure in the format that the file's name ends with.
 
@@ -25,7 +38,7 @@ def save(figure: Figure, file: str) -> None:
     """
     try:
         figure.savefig(file, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())
         raise ConfigError(f"--plot {file!r} cannot be written: {reason}") from problem
 
@@ -85,6 +98,7 @@ def plot_epochs(records: Sequence[Record]) -> Figure:
 
 def plot_accuracy(summaries: Sequence[Record]) -> Figure:
     """Test accuracy against the trace, a point a run, a colour a regularizer."""
+    summaries = [s for s in summaries if s["trace"]["trace"] is not None]
     figure, axes = _figure(6.4, 4.4)
     for name, own in _by_row(summaries).items():
         axes.scatter([s["trace"]["trace"] for s in own], [s["test_accuracy"] for s in own],

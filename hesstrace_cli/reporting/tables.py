@@ -18,8 +18,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
-def with_error(value: float, error: float | None) -> str:
+def with_error(value: float | None, error: float | None) -> str:
     """A value and its standard error, the error to two digits."""
+    if value is None:
+        return "not known"
     if error is None:
         return f"{number(value)} (error unknown)"
     return f"{number(value)} ± {number(error, 2)}" if error else f"{number(value)} (exact)"

@@ -197,6 +197,50 @@ def test_batch_norm_in_train_mode_is_turned_down():
         PerExampleTrace(objective, X)
 
 
+class Clamp(torch.autograd.Function):
+    """A smooth function under the name of an operation that is piecewise linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.tanh().square())
+
+
+def test_a_users_function_is_not_believed_its_name():
+    objective, X, _ = build(lambda: Function(lambda m, X: Clamp.apply(X @ m.a), a=(8, 3)))
+    assert "autograd.Function Clamp" in why(objective, X)
+
+
+@pytest.mark.parametrize("kind", [float, int])
+def test_mixing_through_a_layer_used_twice_is_found(kind):
+    def mixed(m, X):
+        hidden = F.linear(X.double(), m.a)
+        return F.relu(hidden) @ m.b + F.linear(X.double(), m.a).mean(0) @ m.b
+
+    objective, X, _ = build(lambda: Function(mixed, a=(4, 8), b=(4, 3)))
+    X = X if kind is float else (3 * X).long()
+    with pytest.raises(MixedExamples):
+        PerExampleTrace(objective, X)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 6])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_prelu_for_any_number_of_examples_and_classes(examples, classes):
+    """vmap of vmap differentiates prelu wrongly where the two sizes agree."""
+    objective, X, _ = build(
+        module(lambda: nn.Linear(8, 5), nn.PReLU, lambda: nn.Linear(5, classes))
+    )
+    X = X[:examples]
+    traces = PerExampleTrace(objective, X)
+    assert traces.without_rule() == ["1.weight"]
+    torch.testing.assert_close(traces.exact(X), truth_of(objective, X), rtol=1e-9, atol=1e-12)
+
+
 def folded(m, X):
     """A convolution with the time folded into its batch, (N T, C, H, W)."""
     frames = F.conv2d(X.reshape(-1, 1, 2, 2), m.kernel, m.bias)
