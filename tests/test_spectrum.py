@@ -1,0 +1,71 @@
+"""`hesstrace spectrum` on a trained checkpoint, against its dense Hessian."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hesstrace_cli.cli import app
+from hesstrace_cli.config import SpectrumConfig
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.loading import load_checkpoint
+from tests.conftest import train_to_end
+from tests.curvature import oracles
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("spectrum") / "r"
+    settings = {"model_arg": {"width": 4, "depth": 1}, "image_size": 4, "epochs": 20}
+    return train_to_end(out, model="mlp", **settings).folder.last
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_record_is_that_of_the_dense_matrix(checkpoint, curvature):
+    flags = ("--top", "4", "--num-probes", "30", "--dtype", "float64", "--curvature", curvature)
+    result = invoke("spectrum", checkpoint, *flags, "--batch-size", "50", "--json", "-")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["schema"] == "hesstrace/spectrum/1"
+    loaded = load_checkpoint(str(checkpoint), SpectrumConfig(dtype="float64"))
+    objective = Objective(loaded.model, trainable(loaded.model))
+    X, y = next(loaded.split.batches(len(loaded.split)))
+    dense = (
+        oracles.dense_hessian(objective, X, y)
+        if curvature == "hessian"
+        else oracles.dense_ggn(objective, X)
+    )
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    largest = eigenvalues.flip(0)[:4].tolist()
+    for value, truth, residual in zip(
+        record["eigenvalues"], largest, record["residuals"], strict=True
+    ):
+        assert value == pytest.approx(truth, abs=residual + 1e-9)
+    assert record["smallest"] == pytest.approx(
+        eigenvalues[0].item(), abs=record["smallest_residual"] + 1e-9
+    )
+    assert abs(record["trace"] - dense.trace().item()) < 4 * record["trace_stderr"]
+    norm = torch.linalg.matrix_norm(dense).item()
+    assert abs(record["frobenius_norm"] - norm) < 4 * record["frobenius_norm_stderr"]
+    stability = record["stability"]
+    assert (stability["lr"], stability["momentum"]) == (0.05, 0.9)  # the run's
+    assert stability["threshold"] == pytest.approx(2 * 1.9 / 0.05)
+
+
+def test_table_plot_and_a_learning_rate_to_judge(checkpoint, tmp_path):
+    flags = ("--lr", "10", "--momentum", "0", "--plot", tmp_path / "d.png")
+    result = invoke("spectrum", checkpoint, *flags)
+    assert result.exit_code == 0, result.output
+    assert "not linearly stable" in result.stderr
+    assert "Frobenius" in result.stdout
+    assert (tmp_path / "d.png").stat().st_size > 1000
+    wrong = invoke("spectrum", checkpoint, "--plot", tmp_path / "d.xyz")
+    assert wrong.exit_code == 2
+    assert invoke("spectrum", tmp_path / "no.pt").exit_code == 4
