@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
-from hesstrace_cli.curvature.objective import call_as_it_is, uses_batch_statistics
+from hesstrace_cli.curvature.objective import call_as_it_is
+from hesstrace_cli.curvature.per_example import MixedExamples, check_independence
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model, is_plugin
@@ -123,11 +124,15 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
 
 
 def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list[str]:
-    X, _ = next(data.test.batches(2))
-    if uses_batch_statistics(model, X):
+    X, _ = next(data.test.batches(8))
+    try:
+        check_independence(
+            lambda X: call_as_it_is(model, X), X, torch.Generator(X.device).manual_seed(0)
+        )
+    except MixedExamples:
         return [
-            "the model uses batch statistics in eval mode: its loss is the one over batches of "
-            f"{config.batch_size}"
+            "the model uses batch statistics, or mixes examples otherwise, in eval mode: its loss "
+            f"is the one over batches of {config.batch_size}"
         ]
     return []
 

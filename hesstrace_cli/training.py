@@ -115,6 +115,11 @@ class Run:
         self.steps_per_epoch = self._count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
         self.row = parse_row(config.reg, config.lambda_)
+        if "trace" in self.row and 1 < self.total_steps <= config.every:
+            raise ConfigError(
+                f"--every is {config.every}, but the run has {self.total_steps} steps: the "
+                "penalty would never be added"
+            )
         self.loss_func: LossFunc = F.cross_entropy
         self.curvature = self._choose_curvature()
         self.regularizers = self._build_regularizers()

@@ -418,6 +418,13 @@ class Pair(nn.Linear):
         logits = super().forward(X.flatten(1))
         return (logits, logits) if self.training else logits
 
+class Centred(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+    def forward(self, X):
+        logits = super().forward(X.flatten(1))
+        return logits - logits.mean(0)
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -448,6 +455,12 @@ def test_odd_models(tmp_path):
     assert train("Temperature").exit_code == 0
     assert_one_line_error(train("Pair"), 4, "tuple", "training mode")
     assert not (tmp_path / "Pair").exists()
+    assert train("Centred").exit_code == 0
+    centred = (tmp_path / "Centred" / "last.pt", "--model", f"{tmp_path}/odd.py:Centred")
+    estimated = invoke("estimate-trace", *centred, "--rtol", "0.3")
+    assert "warning" in estimated.stderr
+    assert "batch statistics" in estimated.stderr
+    assert "hutchinson" in estimated.stdout
     once = train("OnceNet")
     assert once.exit_code == 0, once.output
     assert "not known" in once.stdout

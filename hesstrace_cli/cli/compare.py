@@ -11,7 +11,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.train import report_negative
+from hesstrace_cli.cli.train import report_negative, warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from hesstrace_cli.reporting import plots, tables
@@ -44,6 +44,9 @@ def compare(
         _tabulate_folders(folders)
         return
     settings = resolve(CompareConfig, flags, config)
+
+    with_trace = any("trace" in row for rows in settings.candidates() for row in rows)
+    warn_of_unused(settings, with_trace=with_trace)
 
     from hesstrace_cli import grid
 

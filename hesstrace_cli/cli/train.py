@@ -23,10 +23,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     """
     settings = resolve(TrainConfig, _with_stored(flags, config), config or _stored(flags))
     row = parse_row(settings.reg, settings.lambda_)
-    unused = [name for name in (*_TRACE_FLAGS, "curvature") if name in flags]
-    if unused and "trace" not in row:
-        names = ", ".join("--" + name.replace("_", "-") for name in unused)
-        screen.say(f"warning: {names} is without effect, as --reg has no trace")
+    warn_of_unused(settings, with_trace="trace" in row)
 
     from hesstrace_cli.training import Run
 
@@ -39,6 +36,26 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     assert summary is not None
     rows = tables.summary_rows(summary)
     screen.show(tables.rich_table(str(run.folder.path), tables.SUMMARY_HEAD, rows))
+
+
+def warn_of_unused(settings: TrainConfig, *, with_trace: bool) -> None:
+    """Name the settings that were changed, by flag or YAML, and have no effect."""
+    default = TrainConfig()
+
+    def changed(*names: str) -> list[str]:
+        return [n for n in names if getattr(settings, n) != getattr(default, n)]
+
+    reasons = []
+    if not with_trace:
+        reasons.append((changed(*_TRACE_FLAGS, "curvature"), "--reg has no trace"))
+    elif settings.estimator == "hutchinson":
+        reasons.append((changed("dropout_scheme", "keep_prob"), "--estimator is hutchinson"))
+    if settings.optimizer == "adamw":
+        reasons.append((changed("momentum"), "--optimizer is adamw"))
+    for names, reason in reasons:
+        if names:
+            flags = ", ".join("--" + name.replace("_", "-") for name in names)
+            screen.say(f"warning: {flags} is without effect, as {reason}")
 
 
 def _stored(flags: dict[str, Any]) -> str | None:

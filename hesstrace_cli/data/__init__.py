@@ -168,6 +168,11 @@ def _hold_out(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
             )
         order = order[: config.train_examples]
     held_out = round(len(order) * (config.val_fraction or 0.0))
+    if held_out == 0 and config.val_fraction:
+        raise DataError(
+            f"--val-fraction {config.val_fraction:g} of {len(order)} examples holds none out; "
+            "give 0 for no validation"
+        )
     if held_out == 0:
         return train.subset(order), None
     if held_out == len(order):
