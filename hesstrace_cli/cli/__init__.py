@@ -12,6 +12,7 @@ from hesstrace_cli.cli.compare import compare
 from hesstrace_cli.cli.estimate_trace import estimate_trace
 from hesstrace_cli.cli.spectrum import spectrum
 from hesstrace_cli.cli.train import train
+from hesstrace_cli.cli.verify import verify
 
 app = typer.Typer(
     cls=ErrorBoundary,
@@ -41,6 +42,7 @@ app.command()(train)
 app.command("estimate-trace")(estimate_trace)
 app.command()(compare)
 app.command()(spectrum)
+app.command()(verify)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from hesstrace_cli.config.commands import (
     EstimateConfig,
     SpectrumConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from hesstrace_cli.config.fields import key_of
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
@@ -14,6 +15,6 @@ from hesstrace_cli.config.rows import REGULARIZERS, parse_row, row_name
 
 __all__ = [
     "REGULARIZERS", "CheckpointConfig", "CompareConfig", "DataConfig", "EstimateConfig",
-    "SpectrumConfig", "TrainConfig", "key_of", "parse_row", "read_yaml", "resolve", "row_name",
-    "to_yaml",
+    "SpectrumConfig", "TrainConfig", "VerifyConfig", "key_of", "parse_row", "read_yaml",
+    "resolve", "row_name", "to_yaml",
 ]  # fmt: skip

@@ -239,6 +239,18 @@ class CheckpointConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig(DataConfig):
+    """Settings of `hesstrace verify`."""
+
+    model: str = inherited(DataConfig, "model", "small-cnn")
+    dataset: str = inherited(DataConfig, "dataset", "digits")
+    val_fraction: float = inherited(DataConfig, "val_fraction", 0.0)
+    batch_size: int = inherited(DataConfig, "batch_size", 8)
+    dtype: str = option("float64", "precision", panel="Estimate", choices=("float64",))
+    json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpectrumConfig(CheckpointConfig):
     """Settings of `hesstrace spectrum`."""
 

@@ -186,6 +186,11 @@ _ANY_ORDER: dict[Any, Callable[..., Any]] = {
 }
 
 
+def replacements() -> dict[Any, Callable[..., Any]]:
+    """What each operation is replaced by where derivatives of any order are needed."""
+    return dict(_ANY_ORDER)
+
+
 class _ReplaceOperations(TorchFunctionMode):
     def __init__(self, replacements: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()

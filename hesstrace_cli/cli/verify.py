@@ -1,0 +1,41 @@
+"""`hesstrace verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hesstrace_cli.cli import screen
+from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.config import VerifyConfig, resolve
+from hesstrace_cli.reporting import tables
+
+
+@with_options(VerifyConfig)
+def verify(*, flags: dict[str, Any], config: str | None) -> None:
+    """Check the derivatives of a model against finite differences of itself, in float64.
+
+    Exits with 0 where every one is right, those made right by another form included, else with 5.
+
+    Example: hesstrace verify --model mymodel.py:build
+    """
+    settings = resolve(VerifyConfig, flags, config)
+
+    from hesstrace_cli.checkpoints import check_writable, write_atomically
+    from hesstrace_cli.verify import verify as run
+
+    check_writable(settings.json)
+    record = run(settings)
+    text = json.dumps(record, indent=2, allow_nan=False)
+    if settings.json == "-":
+        typer.echo(text)
+    else:
+        if settings.json is not None:
+            write_atomically(Path(settings.json), text + "\n")
+        rows = [[row["check"], row["verdict"], row["detail"]] for row in record["rows"]]
+        screen.show(tables.rich_table(settings.model, ("check", "verdict", ""), rows))
+    if not record["right"]:
+        raise typer.Exit(5)

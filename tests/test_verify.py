@@ -1,0 +1,192 @@
+"""`hesstrace verify`: every planted fault is found, no clean model accused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hesstrace_cli.cli import app
+
+# Written apart from the engine: models of 8x8 images, (N, 1, 8, 8).
+FILE = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class Base(nn.Module):
+    def __init__(self, inputs=64):
+        super().__init__()
+        self.inner, self.head = nn.Linear(inputs, 6), nn.Linear(6, 10)
+
+    def forward(self, X):
+        return self.head(self.middle(self.inner(X.flatten(1))))
+
+
+class HiddenNorm(Base):
+    """A batch norm that no module shows."""
+
+    def middle(self, h):
+        return torch.tanh(F.batch_norm(h, None, None, training=True))
+
+
+class Weighted(Base):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.utils.parametrizations.weight_norm(self.inner)
+
+    def middle(self, h):
+        return torch.tanh(h)
+
+
+class Flash(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(8, 24), nn.Linear(64, 10)
+
+    def forward(self, X):
+        q, k, v = self.mix(X[:, 0]).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+class Bumped(torch.autograd.Function):
+    """tanh, whose backward is right and whose second derivative is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.detach().tanh().square())
+
+
+class WrongSecond(Base):
+    def middle(self, h):
+        return Bumped.apply(h)
+
+
+class Missing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.tanh().square())
+
+
+class Activation(nn.Module):
+    def forward(self, h):
+        return Missing.apply(h)
+
+
+class NoSecond(Base):
+    def __init__(self):
+        super().__init__()
+        self.act = Activation()
+
+    def middle(self, h):
+        return self.act(h)
+
+
+class Stale(torch.autograd.Function):
+    """Overwrites in its backward what a second backward needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        slope = 1 - y * y
+        result = g * slope
+        with torch.no_grad():
+            slope.add_(1)
+        return result
+
+
+class InPlace(Base):
+    def middle(self, h):
+        return Stale.apply(h)
+
+
+class Dropping(Base):
+    def middle(self, h):
+        return F.dropout(h, 0.5, training=True)
+
+
+class Clean(Base):
+    def middle(self, h):
+        return F.silu(h)
+'''
+
+
+def run(tmp_path, model, *flags):
+    if ":" not in model and model[0].isupper():
+        (tmp_path / "planted.py").write_text(FILE)
+        model = f"{tmp_path}/planted.py:{model}"
+    arguments = ["verify", "--model", model, "--json", "-", *flags]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code in (0, 5), result.output
+    rows = json.loads(result.stdout)["rows"]
+    return result.exit_code, {row["check"]: (row["verdict"], row["detail"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("Clean", []), ("mlp", []), ("small-cnn", ["--model-arg", "width=4"]),
+        ("small-cnn", ["--model-arg", "norm=none", "--model-arg", "width=4"]),
+        ("small-cnn", ["--model-arg", "norm=group", "--model-arg", "activation=gelu"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_no_clean_model_is_accused(model, flags, seed, tmp_path):
+    code, rows = run(tmp_path, model, *flags, "--seed", seed)
+    assert code == 0
+    assert {verdict for verdict, _ in rows.values()} <= {"right", "replaced", "yes", "no"}
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 14
+
+
+@pytest.mark.parametrize(
+    ("model", "operation"),
+    [("HiddenNorm", "batch_norm in the model"), ("Weighted", "_weight_norm"), ("Flash", None)],
+)
+def test_what_the_engine_makes_right_is_replaced(model, operation, tmp_path):
+    code, rows = run(tmp_path, model)
+    assert code == 0
+    replaced = [check for check, (verdict, _) in rows.items() if verdict == "replaced"]
+    assert operation is None or any(operation in check for check in replaced)
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 14
+
+
+@pytest.mark.parametrize(
+    ("model", "verdict"),
+    [("WrongSecond", "wrong"), ("InPlace", "refused"), ("NoSecond", "refused")],
+)
+def test_planted_faults_are_found(model, verdict, tmp_path):
+    code, rows = run(tmp_path, model)
+    assert code == 5
+    found = {check: detail for check, (v, detail) in rows.items() if v == verdict}
+    assert any("v'Hv" in check for check in found), rows
+    assert any("tr(G)" in check for check in found), rows
+    if model == "NoSecond":
+        assert any("Activation" in detail for detail in found.values())
+
+
+def test_a_model_that_does_not_repeat(tmp_path):
+    code, rows = run(tmp_path, "Dropping")
+    assert code == 5
+    assert rows["eval: results repeat"][0] == "refused"
