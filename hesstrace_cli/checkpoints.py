@@ -55,6 +55,11 @@ def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> No
         raise _unwritable(path, problem) from problem
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is the temporary file of a `write_atomically` that was killed."""
+    return re.fullmatch(r"\..+\.tmp\d+", path.name) is not None
+
+
 def _write(file: BinaryIO, content: bytes | str | Mapping[str, Any]) -> None:
     if isinstance(content, Mapping):
         torch.save(dict(content), file)

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.checkpoints import read_checkpoint, write_atomically
+from hesstrace_cli.checkpoints import is_leftover, read_checkpoint, write_atomically
 from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name, to_yaml
 from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.locks import FolderLock
 
 SCHEMA = "hesstrace/run/1"
 
@@ -66,24 +67,35 @@ class RunFolder:
         except (ValueError, KeyError, TypeError) as problem:
             raise ConfigError(f"{str(file)!r} is damaged; remove it and --resume") from problem
 
+    def lock(self) -> FolderLock:
+        """Make the folder and keep other processes out of it; clear what a killed one left.
+
+        Raises:
+            ConfigError: If it cannot be made, or is in use.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.path)
+            for file in self.path.iterdir():
+                if is_leftover(file):
+                    file.unlink()
+        except OSError as problem:
+            raise ConfigError(
+                f"--out {str(self.path)!r} cannot be used: {problem.strerror}"
+            ) from problem
+        return lock
+
     def open(self, config: TrainConfig) -> dict[str, Any] | None:
-        """Make the folder, or find the checkpoint to go on from.
+        """Begin a run in the locked folder, or find the checkpoint to go on from.
 
         Returns:
             The last checkpoint with `--resume`, None at the start of a run.
 
         Raises:
-            ConfigError: If the folder is in use, cannot be written, or holds a run with
-                other settings.
+            ConfigError: If the folder cannot be written, or holds a run with other settings.
         """
         settings = self.path / "config.yaml"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(self.path.iterdir())
-        except OSError as problem:
-            raise ConfigError(
-                f"--out {str(self.path)!r} cannot be used: {problem.strerror}"
-            ) from problem
+        occupied = any(self.path.iterdir())
         if occupied and not config.resume:
             raise ConfigError(
                 f"--out {str(self.path)!r} is not empty; give --resume to go on with its run, or "

@@ -29,7 +29,6 @@ from hesstrace_cli.estimation import (
     versions,
 )
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
-from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
@@ -128,8 +127,15 @@ class Run:
         self.sums = Sums.zero(self.device)
         self.model_random_state: Tensor | None = None
         # Last: what fails before leaves no folder behind.
+        self.lock = self.folder.lock()
+        try:
+            self._begin()
+        except HesstraceError:
+            self.lock.release()
+            raise
+
+    def _begin(self) -> None:
         checkpoint = self.folder.open(self.config)
-        self.lock = FolderLock(self.folder.path)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.folder.truncate_metrics(self.step // self.steps_per_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.training import Run
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # child processes too: sums depend on the number of threads
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
