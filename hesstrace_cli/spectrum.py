@@ -1,4 +1,4 @@
-"""Eigenvalues, spectral density and stability of a checkpoint, as a record."""
+"""Eigenvalues, spectral density, stability and flatness of a checkpoint, as a record."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from torch import Generator
 
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.density import Density, spectral_density
-from hesstrace_cli.curvature.lanczos import Extremes, extreme_eigenvalues
+from hesstrace_cli.curvature.flatness import (
+    Landscape,
+    average_sharpness,
+    random_direction,
+    slice_losses,
+    worst_sharpness,
+)
+from hesstrace_cli.curvature.lanczos import Extremes, Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
+from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import evaluate, versions
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.stability import sentence, stability
 
 SCHEMA = "hesstrace/spectrum/1"
+_ASCENT_STEPS = 10
 _BULK = 0.99  # share of the eigenvalues that count as the bulk
 
 
@@ -46,20 +56,17 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
     matrix = CurvatureMatrix(
         objective, lambda: split.batches(config.batch_size), len(split), config.curvature
     )
-    like = next(iter(objective.params.values())).detach()
+    like = next(iter(objective.params.values())).detach().new_empty(matrix.size)
     generator = Generator(like.device).manual_seed(config.seed)
-    start = torch.randn(
-        matrix.size, generator=generator, device=like.device, dtype=like.dtype
-    )  # fmt: skip
-    extremes = extreme_eigenvalues(matrix, start, k=config.top, max_products=config.max_products)
-    density = spectral_density(
-        matrix, like, matrix.size, num_probes=config.num_probes, steps=config.steps,
-        generator=generator,
-    )  # fmt: skip
+    first = Krylov(matrix, rademacher(like, generator=generator))
+    extremes = extreme_eigenvalues(first, k=config.top, max_products=config.max_products)
+    others = (rademacher(like, generator=generator) for _ in range(config.num_probes - 1))
+    density = spectral_density(matrix, others, steps=config.steps, first=first)
     record = {
         "schema": SCHEMA,
         **_spectrum(extremes, density),
         "stability": _stability(extremes, density, config, loaded),
+        **_flatness(objective, split, config),
         "curvature": config.curvature,
         "num_examples": len(split),
         "num_parameters": matrix.size,
@@ -85,7 +92,7 @@ def _spectrum(extremes: Extremes, density: Density) -> dict[str, Any]:
         "residuals": extremes.residuals,
         "smallest": extremes.smallest,
         "smallest_residual": extremes.smallest_residual,
-        "products": extremes.products + sum(len(nodes) for nodes in density.nodes),
+        "products": sum(len(nodes) for nodes in density.nodes),
         "density": {"grid": grid, "values": values},
         "trace": trace.value,
         "trace_stderr": trace.stderr,
@@ -102,6 +109,47 @@ def _root_error(squares: Mean, root: float) -> float | None:
     return squares.stderr / (2 * root) if squares.stderr is not None and root > 0 else None
 
 
+def _flatness(objective: Objective, split: Split, config: SpectrumConfig) -> dict[str, Any]:
+    landscape = Landscape(objective, lambda: split.batches(config.batch_size), len(split))
+    device = next(iter(objective.params.values())).device
+    flatness: dict[str, Any] = {"radius": config.radius, "num_directions": config.num_directions}
+    for name, normalized in (("plain", False), ("filter_normalized", True)):
+        generator = Generator(device).manual_seed(config.seed)
+        shared: dict[str, Any] = {
+            "radius": config.radius, "normalized": normalized, "generator": generator
+        }  # fmt: skip
+        average = average_sharpness(landscape, num_directions=config.num_directions, **shared)
+        worst = worst_sharpness(landscape, steps=_ASCENT_STEPS, **shared)
+        flatness[name] = {
+            "average": _finite(average.value),
+            "average_stderr": _finite(average.stderr),
+            "worst": _finite(worst),
+        }
+    return {"flatness": flatness, "slice": _slice(landscape, device, config)}
+
+
+def _slice(
+    landscape: Landscape, device: torch.device, config: SpectrumConfig
+) -> dict[str, Any] | None:
+    if not config.slice:
+        return None
+    generator = Generator(device).manual_seed(config.seed)
+    params = landscape.objective.params
+    directions = [
+        random_direction(params, normalized=True, generator=generator) for _ in range(config.slice)
+    ]
+    half = config.slice_points // 2  # the checkpoint itself is the middle one
+    grid = [config.slice_radius * i / half for i in range(-half, half + 1)]
+    rows = slice_losses(landscape, directions, grid)
+    losses = [[_finite(x) for x in r] if isinstance(r, list) else _finite(r) for r in rows]
+    return {"dimensions": config.slice, "grid": grid, "losses": losses}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no other numbers."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _stability(
     extremes: Extremes, density: Density, config: SpectrumConfig, loaded: Loaded
 ) -> dict[str, Any] | None:
@@ -112,13 +160,16 @@ def _stability(
     if lr is None:
         return None
     momentum = config.momentum if config.momentum is not None else run.get("momentum", 0.0)
+    nesterov = config.nesterov if config.nesterov is not None else run.get("nesterov", False)
+    weight_decay = run.get("weight_decay", 0.0)
     report = stability(
         extremes.largest,
         smallest=extremes.smallest,
-        negative_share=density.share_below(-extremes.smallest_residual),
+        negative_share=density.share_below(-extremes.smallest_residual - weight_decay),
         size=density.size,
         lr=lr,
         momentum=momentum,
-        weight_decay=run.get("weight_decay", 0.0),
+        weight_decay=weight_decay,
+        nesterov=nesterov,
     )
     return {**report, "sentence": sentence(report)}

@@ -35,39 +35,48 @@ def stability(
     lr: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool = False,
 ) -> dict[str, Any]:
     """The report: discrete steps of SGD, and gradient flow.
 
     Args:
         largest: The k largest eigenvalues, descending.
         smallest: The smallest.
-        negative_share: The estimated share of negative eigenvalues.
+        negative_share: The estimated share of eigenvalues below -weight_decay.
         size: The number of eigenvalues, P.
         lr: eta.
         momentum: beta of heavy-ball momentum.
         weight_decay: Added to every eigenvalue.
+        nesterov: Whether the momentum is Nesterov's.
+
+    Returns:
+        Time constants are of gradient flow, 1 / lambda; over eta they are steps of plain gradient
+        descent. The slowest is null where an eigenvalue is not positive: that mode never decays.
     """
-    bound = threshold(lr, momentum)
-    top = largest[0] + weight_decay
+    bound = threshold(lr, momentum, nesterov=nesterov)
+    top, bottom = largest[0] + weight_decay, smallest + weight_decay
     above = sum(value + weight_decay > bound for value in largest)
     return {
         "lr": lr,
         "momentum": momentum,
+        "nesterov": nesterov,
         "weight_decay": weight_decay,
         "threshold": bound,
         "largest_over_threshold": top / bound,
         "num_unstable": above,
         "num_unstable_is_lower_bound": above == len(largest) < size,
-        "largest_stable_lr": 2 * (1 + momentum) / top if top > 0 else None,
-        "flow_unstable_directions": round(negative_share * size) if smallest < 0 else 0,
+        "largest_stable_lr": bound * lr / top if top > 0 else None,
+        "flow_unstable_directions": round(negative_share * size) if bottom < 0 else 0,
         "fastest_time_constant": 1 / top if top > 0 else None,
+        "slowest_time_constant": 1 / bottom if bottom > 0 else None,
     }
 
 
 def sentence(report: dict[str, Any]) -> str:
     """The report in one plain sentence."""
     ratio = report["largest_over_threshold"]
-    setting = f"a learning rate of {report['lr']:g} and momentum {report['momentum']:g}"
+    kind = "Nesterov momentum" if report["nesterov"] else "momentum"
+    setting = f"a learning rate of {report['lr']:g} and {kind} {report['momentum']:g}"
     if report["largest_stable_lr"] is None:
         return f"No eigenvalue is positive here: no step size is too large, {setting} neither."
     limit = f"the largest stable learning rate is {report['largest_stable_lr']:.3g}"

@@ -187,8 +187,9 @@ class Run:
         if config.optimizer == "adamw":
             return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
         return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )  # fmt: skip
 
     def _choose_curvature(self) -> CurvatureChoice:
         X, _ = next(self.data.train.batches(2))

@@ -69,3 +69,28 @@ def test_table_plot_and_a_learning_rate_to_judge(checkpoint, tmp_path):
     wrong = invoke("spectrum", checkpoint, "--plot", tmp_path / "d.xyz")
     assert wrong.exit_code == 2
     assert invoke("spectrum", tmp_path / "no.pt").exit_code == 4
+
+
+def test_flatness_and_slices_of_two_checkpoints(checkpoint, tmp_path):
+    first = checkpoint.parent / "best.pt"
+    flags = ("--slice", "2", "--slice-points", "5", "--top", "2", "--num-probes", "1")
+    result = invoke(
+        "spectrum", checkpoint, first, *flags, "--plot", tmp_path / "s.png",
+        "--json", tmp_path / "s.json", "--nesterov",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Nesterov" in result.stdout
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    several = json.loads((tmp_path / "s.json").read_text())
+    assert several["schema"] == "hesstrace/spectra/1"
+    record = several["spectra"][0]
+    assert record["slice"]["grid"] == [-1, -0.5, 0, 0.5, 1]
+    assert record["slice"]["losses"][2][2] == pytest.approx(record["loss"], rel=1e-5)
+    for kind in ("plain", "filter_normalized"):
+        own = record["flatness"][kind]
+        assert own["worst"] > own["average"] + own["average_stderr"]
+    line = invoke("spectrum", checkpoint, "--slice", "1", "--plot", tmp_path / "l.svg")
+    assert line.exit_code == 0, line.output
+    assert invoke("spectrum", checkpoint, "--slice", "1").exit_code == 2
+    even = invoke("spectrum", checkpoint, "--slice", "1", "--slice-points", "4", "--json", "-")
+    assert even.exit_code == 2

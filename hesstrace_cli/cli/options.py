@@ -53,7 +53,7 @@ def _config_file() -> inspect.Parameter:
 def _option(item: dataclasses.Field[Any], hints: dict[str, Any]) -> inspect.Parameter:
     meta, flag, kind = item.metadata, "--" + key_of(item.name), str(hints[item.name])
     default = item.default_factory() if callable(item.default_factory) else item.default
-    is_bool = hints[item.name] is bool
+    is_bool = kind.startswith("bool") or hints[item.name] is bool
     repeated = kind.startswith(("list[str", "dict"))
     info = typer.Option(
         f"{flag}/--no-{key_of(item.name)}" if is_bool else flag,

@@ -11,19 +11,21 @@ import typer
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.config import SpectrumConfig, resolve
-from hesstrace_cli.reporting import plots, tables
+from hesstrace_cli.reporting import plots, spectra, tables
 
 
 @with_options(SpectrumConfig)
 def spectrum(
-    checkpoint: Annotated[str, typer.Argument(show_default=False)],
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", show_default=False)],
     *,
     flags: dict[str, Any],
     config: str | None,
 ) -> None:
-    """Eigenvalues and spectral density of the loss Hessian, and the stability of training there.
+    """Eigenvalues and density of the loss Hessian, stability of training there, and flatness.
 
-    Example: hesstrace spectrum runs/digits-small-cnn-none-seed0/last.pt --top 5
+    Several checkpoints are drawn on one scale.
+
+    Example: hesstrace spectrum runs/*/last.pt --top 5 --slice 1 --plot spectrum.png
     """
     settings = resolve(SpectrumConfig, flags, config)
 
@@ -33,20 +35,29 @@ def spectrum(
     check_writable(settings.json)
     check_writable(settings.plot)
     plots.check_format(settings.plot)
-    record, warnings = spectrum_of_checkpoint(checkpoint, settings)
-    for warning in warnings:
-        screen.say(f"warning: {warning}")
-    text = json.dumps(record, indent=2, allow_nan=False)
+    records = []
+    for path in checkpoints:
+        record, warnings = spectrum_of_checkpoint(path, settings)
+        for warning in warnings:
+            screen.say(f"warning: {path}: {warning}")
+        records.append(record)
+    several = {"schema": "hesstrace/spectra/1", "spectra": records}
+    text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
     if settings.plot is not None:
-        plots.save(plots.plot_density(record), settings.plot)
+        plots.save(spectra.plot_spectra(records), settings.plot)
     if settings.json == "-":
         typer.echo(text)
         return
     if settings.json is not None:
         write_atomically(Path(settings.json), text + "\n")
+    for record in records:
+        _show(record)
+
+
+def _show(record: dict[str, Any]) -> None:
     matrix = "Hessian" if record["curvature"] == "hessian" else "Gauss-Newton matrix"
-    title = f"{matrix} of {checkpoint}"
     rows = tables.spectrum_rows(record)
+    title = f"{matrix} of {record['checkpoint']}"
     screen.show(tables.rich_table(title, tables.SPECTRUM_HEAD, rows))
     if record["stability"] is None:
         screen.say("no learning rate of SGD to judge: give --lr and --momentum")

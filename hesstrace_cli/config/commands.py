@@ -92,6 +92,7 @@ class TrainConfig(DataConfig):
     epochs: int = option(60, "passes over the training data", panel="Training", minimum=1)
     lr: float = option(0.05, "learning rate", panel="Training", above=0)
     momentum: float = option(0.9, "momentum of SGD", panel="Training", minimum=0, maximum=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum", panel="Training")
     weight_decay: float = option(5e-4, "weight decay", panel="Training", minimum=0)
     optimizer: str = option("sgd", "optimizer", panel="Training", choices=("sgd", "adamw"))
     schedule: str = option(
@@ -155,7 +156,13 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_optimizer()
         parse_row(self.reg, self.lambda_)
+
+    def _check_optimizer(self) -> None:
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ConfigError("--nesterov is a form of SGD's momentum; --momentum is 0 or "
+                              "--optimizer is not sgd")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +196,7 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
+        self._check_optimizer()
         self.candidates()
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
@@ -266,6 +274,38 @@ class SpectrumConfig(CheckpointConfig):
     momentum: float | None = option(
         None, "momentum to judge (default: the run's)", panel="Stability", minimum=0, maximum=1
     )
+    nesterov: bool | None = option(
+        None, "whether it is Nesterov's (default: as in the run)", panel="Stability"
+    )
+    radius: float = option(
+        0.05,
+        "radius of the sharpness: a Euclidean distance, and a share of every filter's norm",
+        panel="Flatness",
+        above=0,
+    )
+    num_directions: int = option(
+        10, "random directions of the average sharpness", panel="Flatness", minimum=1
+    )
+    slice: int = option(
+        0,
+        "take the loss along 1 or 2 random filter-normalized directions, for --plot and --json",
+        panel="Flatness",
+        minimum=0,
+        maximum=2,
+    )
+    slice_radius: float = option(
+        1.0, "how far, as a share of every filter's norm", panel="Flatness", above=0
+    )
+    slice_points: int = option(
+        21, "points of each direction, an odd number", panel="Flatness", minimum=3
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slice and self.plot is None and self.json is None:
+            raise ConfigError("--slice shows in --plot FILE and --json FILE; give one of them")
+        if self.slice_points % 2 == 0:
+            raise ConfigError(f"--slice-points is {self.slice_points}, expected an odd number")
 
 
 @dataclass(frozen=True, kw_only=True)

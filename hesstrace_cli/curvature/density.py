@@ -15,14 +15,15 @@ Source:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from hesstrace_cli.curvature.lanczos import Krylov
-from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 
 
@@ -74,23 +75,22 @@ class Density:
 
 
 def spectral_density(
-    matrix: Any, like: Tensor, size: int, *, num_probes: int, steps: int, generator: Generator
+    matrix: Any, starts: Iterable[Tensor], *, steps: int, first: Krylov | None = None
 ) -> Density:
-    """Run Lanczos from random signs.
+    """Run Lanczos from random vectors.
 
     Args:
         matrix: A, P x P; only products `matrix @ V` are taken.
-        like: A tensor of A's dtype and device.
-        size: P.
-        num_probes: Start vectors, at least 1; 2 give the moments an error.
+        starts: z with E[z z^T] = I, shape (P,) each.
         steps: m, products for each.
-        generator: Source of all randomness.
+        first: A space grown from such a vector already; it counts as one, and is grown to m.
     """
     nodes, weights = [], []
-    for _ in range(num_probes):
-        krylov = Krylov(matrix, rademacher(like.new_empty(size), generator=generator))
-        krylov.extend(steps)
+    spaces = itertools.chain([first] if first else [], (Krylov(matrix, z) for z in starts))
+    for krylov in spaces:
+        krylov.extend(steps - len(krylov.alphas))
         values, _, tau = krylov.ritz()
         nodes.append(values)
         weights.append(tau)
+        size = krylov.basis.shape[1]
     return Density(size, nodes, weights)

@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
 class Krylov:
     """The Krylov space of a symmetric matrix A and a start vector, grown a product at a time.
 
         A V = V T + beta_m v_{m+1} e_m^T,   V^T V = I,   T tridiagonal
 
-    Attributes:
+    Args:
         matrix: A, P x P; only products `matrix @ V` are taken.
         start: v_1, shape (P,), any length but 0.
+
+    Attributes:
+        alphas: The m entries of T's diagonal.
+        betas: beta_1 to beta_m, the entries beside it.
+        closed: Whether the space is invariant, so that T's eigenvalues are A's.
     """
 
-    matrix: Any
-    start: Tensor
-    alphas: list[float] = field(default_factory=list)
-    betas: list[float] = field(default_factory=list)
-    basis: list[Tensor] = field(default_factory=list)
-    closed: bool = False
+    def __init__(self, matrix: Any, start: Tensor) -> None:
+        self.matrix = matrix
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.closed = False
+        self._rows = start.new_empty((16, len(start)))
+        self._rows[0] = start / start.norm()
+        self._count = 1
 
-    def __post_init__(self) -> None:
-        self.basis.append(self.start / self.start.norm())
+    @property
+    def basis(self) -> Tensor:
+        """v_1, v_2, ... as rows, shape (m + 1, P), or (m, P) where closed."""
+        return self._rows[: self._count]
 
     def extend(self, steps: int) -> None:
         """Take so many products more; fewer where the space turns out to be invariant."""
         for _ in range(steps):
             if self.closed:
                 return
-            v = self.basis[-1]
-            w = (self.matrix @ v[:, None])[:, 0]
-            alpha = (w @ v).item()
-            V = torch.stack(self.basis, 1)
+            V = self.basis
+            w = (self.matrix @ V[-1][:, None])[:, 0]
+            alpha = (w @ V[-1]).item()
             for _ in range(2):  # twice is enough
-                w = w - V @ (V.mT @ w)
+                w = w - (V @ w) @ V
             beta = w.norm().item()
             self.alphas.append(alpha)
             self.betas.append(beta)
-            size = max(abs(alpha), *map(abs, self.alphas), *self.betas[:-1], 1e-300)
-            tiny = size * len(v) ** 0.5 * torch.finfo(v.dtype).eps
-            if beta <= tiny or len(self.alphas) == len(v):
+            size = max(*map(abs, self.alphas), *self.betas[:-1], 1e-300)
+            tiny = size * len(w) ** 0.5 * torch.finfo(w.dtype).eps
+            if beta <= tiny or len(self.alphas) == len(w):
                 self.betas[-1] = 0.0
                 self.closed = True
                 return
-            self.basis.append(w / beta)
+            self._append(w / beta)
+
+    def _append(self, v: Tensor) -> None:
+        if self._count == len(self._rows):
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
+        self._rows[self._count] = v
+        self._count += 1
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (ascending), the bounds beta_m |s_mi| of their residuals, and weights.
@@ -63,7 +76,7 @@ class Krylov:
         off = torch.tensor(self.betas[:-1], dtype=torch.float64)
         T += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(T)
-        rounding = torch.finfo(self.start.dtype).eps * values.abs().max()
+        rounding = torch.finfo(self._rows.dtype).eps * values.abs().max()
         residuals = (self.betas[-1] * vectors[-1].abs()).clamp(min=rounding.item())
         return values, residuals, vectors[0].square()
 
@@ -88,21 +101,21 @@ class Extremes:
 
 
 def extreme_eigenvalues(
-    matrix: Any, start: Tensor, *, k: int, rtol: float = 1e-3, max_products: int = 200
+    krylov: Krylov, *, k: int, rtol: float = 1e-3, max_products: int = 200
 ) -> Extremes:
     """The k largest eigenvalues and the smallest of a symmetric matrix.
 
+    A repeated eigenvalue is found once: one start vector cannot see its other copies.
+
     Args:
-        matrix: A, P x P; only products `matrix @ V` are taken.
-        start: Random, shape (P,).
+        krylov: The space of the matrix and a random start vector; it is grown as needed.
         k: At most P.
         rtol: All residuals are at most this times the largest absolute eigenvalue, or
             `max_products` has come before.
         max_products: At most so many products; the space takes as many vectors of memory.
     """
-    k = min(k, len(start))
-    krylov = Krylov(matrix, start)
-    krylov.extend(min(max_products, 2 * k + 4))
+    k = min(k, krylov.basis.shape[1])
+    krylov.extend(min(max_products, 2 * k + 4) - len(krylov.alphas))
     while True:
         values, residuals, _ = krylov.ritz()
         ends = torch.cat([residuals[-k:], residuals[:1]])
@@ -112,4 +125,4 @@ def extreme_eigenvalues(
                 values[-k:].flip(0).tolist(), residuals[-k:].flip(0).tolist(),
                 values[0].item(), residuals[0].item(), len(values),
             )  # fmt: skip
-        krylov.extend(min(8, max_products - len(values)))
+        krylov.extend(min(4, max_products - len(values)))

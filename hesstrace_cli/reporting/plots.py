@@ -106,7 +106,7 @@ def plot_accuracy(summaries: Sequence[Record]) -> Figure:
     if all(s["trace"]["trace"] > 0 for s in summaries):
         axes.set_xscale("log")
     axes.set(xlabel="tr(H), training data, eval mode", ylabel="test accuracy")
-    _finish(axes)
+    finish(axes)
     return figure
 
 
@@ -128,7 +128,7 @@ def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("tr(H) of the block, mean over seeds")
-    _finish(axes)
+    finish(axes)
     return figure
 
 
@@ -148,7 +148,7 @@ def plot_curves(summaries: Sequence[Record]) -> Figure:
                               color=line.get_color(), alpha=0.18, linewidth=0)  # fmt: skip
     left.set(xlabel="epoch", ylabel="training loss, penalties left out", yscale="log")
     right.set(xlabel="epoch", ylabel="validation accuracy")
-    _finish(left)
+    finish(left)
     right.grid(visible=True, linewidth=0.4, alpha=0.5)
     figure.tight_layout()
     return figure
@@ -171,31 +171,11 @@ def _curve(folder: str, key: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
+    """Add a grid, and a legend where there is something to name."""
     axes.grid(visible=True, linewidth=0.4, alpha=0.5)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-
-
-def plot_density(record: Record) -> Figure:
-    """The spectral density on a log scale, the largest eigenvalues and the threshold marked."""
-    figure, axes = _figure(7.0, 4.0)
-    grid, values = record["density"]["grid"], record["density"]["values"]
-    axes.plot(grid, values, color=_BAR, linewidth=1.2, label="density")
-    floor = max(values) * 1e-7
-    axes.set(yscale="log", ylim=(floor, max(values) * 3))
-    largest = record["eigenvalues"]
-    axes.plot(largest, [floor * 2] * len(largest), "v", color="#cc3311", markersize=6,
-              label=f"{len(largest)} largest")  # fmt: skip
-    stability = record["stability"]
-    if stability is not None and stability["threshold"] <= 2 * max(grid[-1], 0):
-        axes.axvline(stability["threshold"], color="black", linestyle="--", linewidth=1,
-                     label=f"stability threshold, lr {stability['lr']:g}")  # fmt: skip
-    name = "H" if record["curvature"] == "hessian" else "G"
-    axes.set(xlabel=f"eigenvalue of {name}", ylabel="share of eigenvalues per unit")
-    axes.set_title(str(record["checkpoint"]), fontsize=9, loc="left")
-    _finish(axes)
-    return figure
 
 
 def _matrix(record: Record) -> str:

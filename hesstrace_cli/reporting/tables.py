@@ -151,7 +151,8 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
     add("largest eigenvalue / bulk edge", record["largest_over_bulk_edge"])
     stability = record["stability"]
     if stability is not None:
-        name = f"threshold at lr {stability['lr']:g}, momentum {stability['momentum']:g}"
+        kind = "Nesterov momentum" if stability["nesterov"] else "momentum"
+        name = f"threshold at lr {stability['lr']:g}, {kind} {stability['momentum']:g}"
         add(name, stability["threshold"])
         add("largest eigenvalue / threshold", stability["largest_over_threshold"])
         add("largest stable learning rate", stability["largest_stable_lr"])
@@ -160,7 +161,15 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         rows.append(["unstable directions of gradient descent", unstable + more, ""])
         flow = str(stability["flow_unstable_directions"])
         rows.append(["unstable directions of gradient flow", flow, "estimated"])
-        add("fastest time constant", stability["fastest_time_constant"])
+        add("fastest time constant of gradient flow", stability["fastest_time_constant"])
+        slowest = stability["slowest_time_constant"]
+        name = "slowest time constant of gradient flow"
+        rows.append([name, "endless" if slowest is None else number(slowest), ""])
+    flatness = record["flatness"]
+    for kind, name in (("plain", "distance"), ("filter_normalized", "share of filter norms")):
+        own, at = flatness[kind], f"sharpness at {flatness['radius']:g}, {name}"
+        add(f"{at}: average", own["average"], own["average_stderr"])
+        rows.append([f"{at}: worst found", number(own["worst"]), "a lower bound"])
     rows.append(["train loss" if record["split"] == "train" else "test loss",
                  number(record["loss"]), ""])  # fmt: skip
     return rows
