@@ -37,7 +37,8 @@ from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import load_data
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import estimate, evaluate
+from hesstrace_cli.estimation import estimate
+from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.models.small import small_cnn
 
 RTOL = 0.01

@@ -21,7 +21,7 @@ from hesstrace_cli.runs import RunFolder
 SCHEMA = "hesstrace/comparison/1"
 MEASURES = (
     "test_accuracy", "test_loss", "train_loss", "generalization_gap", "calibration_error",
-    "trace", "top_eigenvalue",
+    "trace", "input_jacobian", "top_eigenvalue",
 )  # fmt: skip
 HIGHER_IS_BETTER = {"test_accuracy": True, "test_loss": False, "calibration_error": False}
 """The measures that have a winner."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Generator, nn
 
@@ -25,6 +24,7 @@ from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
+from hesstrace_cli.evaluation import evaluate, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 
@@ -45,45 +45,6 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy on a split, in eval mode.
-
-    The model's mode is restored.
-    """
-    was_training = model.training
-    model.eval()
-    loss = correct = 0.0
-    for X, y in split.batches(batch_size):
-        logits = model(X)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += (logits.argmax(1) == y).sum().item()
-    model.train(was_training)
-    return loss / len(split), correct / len(split)
-
-
-_BINS = 15
-
-
-@torch.no_grad()
-def calibration_error(model: nn.Module, split: Split, batch_size: int) -> float:
-    """The expected calibration error: mean |accuracy - confidence| over 15 bins of confidence.
-
-    Source:
-        Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017.
-    """
-    was_training = model.training
-    model.eval()
-    gap = torch.zeros(_BINS, dtype=torch.float64)
-    for X, y in split.batches(batch_size):
-        confidence, predicted = F.softmax(model(X).double(), 1).max(1)
-        surplus = ((predicted == y).double() - confidence).cpu()
-        bins = (confidence.cpu() * _BINS).ceil().long().clamp(1, _BINS) - 1
-        gap.index_add_(0, bins, surplus)
-    model.train(was_training)
-    return gap.abs().sum().item() / len(split)
 
 
 def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float:
@@ -306,4 +267,8 @@ def estimate_checkpoint(
     """
     loaded = load_checkpoint(path, config)
     record = trace_record(loaded.model, loaded.split, config, on_pass, population=loaded.population)
+    if config.report:
+        model, data = loaded.model, loaded.data
+        batch_size, trace = config.batch_size, record["trace"]
+        record["report"] = generalization_report(model, data, loaded.split, batch_size, trace)
     return {**record, **describe(path, loaded)}, loaded.warnings

@@ -25,7 +25,8 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ModelError, NumericsError
-from hesstrace_cli.estimation import evaluate, versions
+from hesstrace_cli.estimation import versions
+from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.stability import sentence, stability
 

@@ -21,13 +21,8 @@ from hesstrace_cli.curvature.objective import LossFunc, Objective, call_as_it_is
 from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, NumericsError, Stopped
-from hesstrace_cli.estimation import (
-    calibration_error,
-    evaluate,
-    top_eigenvalue,
-    trace_record,
-    versions,
-)
+from hesstrace_cli.estimation import top_eigenvalue, trace_record, versions
+from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.regularizers import Regularizer, Step, build
@@ -410,6 +405,7 @@ class Run:
             "test_accuracy": test_accuracy,
             "calibration_error": calibration_error(self.model, self.data.test, batch_size),
             "trace": self._trace(),
+            "input_jacobian": input_jacobian(self.model, self._summary_split(), batch_size).value,
             "top_eigenvalue": self._top_eigenvalue(batch_size),
             "trace_penalty": self._penalty_description(),
             "seconds": self.seconds,

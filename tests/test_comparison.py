@@ -22,7 +22,8 @@ from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.estimation import calibration_error, top_eigenvalue
+from hesstrace_cli.estimation import top_eigenvalue
+from hesstrace_cli.evaluation import calibration_error
 from tests.conftest import make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make

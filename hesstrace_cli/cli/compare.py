@@ -93,6 +93,8 @@ def _report(
     for title, head, rows in tables.comparison_tables(comparison, several=several):
         screen.show(tables.rich_table(title, head, rows))
         markdown += f"{title}\n\n{tables.markdown_table(head, rows)}\n"
+    screen.say(tables.READING)
+    markdown += f"{tables.READING}\n"
     if out is not None:
         write(out, comparison, markdown)
         for name, figure in (

@@ -76,6 +76,11 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
         for record in records:
             rows = tables.layer_rows(record)
             screen.show(tables.rich_table(record["checkpoint"], tables.LAYER_HEAD, rows))
+    if settings.report:
+        for record in records:
+            rows = tables.report_rows(record)
+            screen.show(tables.rich_table(record["checkpoint"], tables.REPORT_HEAD, rows))
+        screen.say(tables.READING)
     for record in records:
         where = f"{record['checkpoint']}: " if len(records) > 1 else ""
         screen.say(f"{where}method {record['method']}: {record['reason']}")

@@ -345,6 +345,11 @@ class EstimateConfig(CheckpointConfig):
         math.inf, "stop after the pass in which this time is over", panel="Estimate", above=0
     )
     per_layer: bool = option(False, "the trace of every parameter tensor too", panel="Estimate")
+    report: bool = option(
+        False,
+        "losses on training and test data, their gap and the input Jacobian beside the trace",
+        panel="Output",
+    )
     plot: str | None = option(
         None,
         "draw to this file (.png, .pdf, .svg): the trace of every layer, or of several "

@@ -126,6 +126,31 @@ def layer_rows(record: Mapping[str, Any]) -> Rows:
     return rows
 
 
+READING = (
+    "Read with care: tr(H) falls with the train loss, whatever the generalization, and rescaling "
+    "layers changes it but not the function; compare runs of one architecture at similar train "
+    "losses. A small trace or Jacobian suggests a small gap and proves none."
+)
+
+REPORT_HEAD = ("quantity", "training data", "test data", "gap")
+
+
+def report_rows(record: Mapping[str, Any]) -> Rows:
+    """The quantities that generalization bounds by flatness combine, of one checkpoint."""
+    report, matrix = record["report"], "H" if record["curvature"] == "hessian" else "G"
+    jacobian = with_error(report["input_jacobian"], report["input_jacobian_stderr"])
+    rows = [
+        [name, number(report[f"train_{key}"]), number(report[f"test_{key}"]), number(report[gap])]
+        for name, key, gap in (
+            ("loss", "loss", "generalization_gap"), ("accuracy", "accuracy", "accuracy_gap")
+        )
+    ]  # fmt: skip
+    for name, value in ((f"tr({matrix})", with_error(record["trace"], record["stderr"])),
+                        ("input Jacobian, mean ||df/dx||^2", jacobian)):  # fmt: skip
+        rows.append([name, *([value, ""] if record["split"] == "train" else ["", value]), ""])
+    return rows
+
+
 SPECTRUM_HEAD = ("quantity", "value", "error")
 
 
@@ -176,7 +201,7 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
 
 
 _GENERALIZATION = ("test_accuracy", "test_loss", "calibration_error")
-_CURVATURE = ("train_loss", "generalization_gap", "trace", "top_eigenvalue")
+_CURVATURE = ("train_loss", "generalization_gap", "trace", "input_jacobian", "top_eigenvalue")
 
 
 def comparison_tables(
