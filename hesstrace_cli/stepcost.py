@@ -1,4 +1,4 @@
-"""The time of a training step with a regularizer, over that of a plain one."""
+"""The time and memory of a training step with a regularizer, over those of a plain one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.training import Run
@@ -15,30 +18,69 @@ from hesstrace_cli.training import Run
 _ROUNDS, _STEPS = 5, 4
 
 
-def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Ratios to the plain step.
+
+    Attributes:
+        time: Median over a few rounds.
+        memory: Of weights, gradients, momentum and what the step's graphs keep for backward.
+    """
+
+    time: float
+    memory: float
+
+
+def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
     """Ratios to `none`, every row's steps timed in turn so that a busy machine slows all alike.
 
     Args:
         configs: One run a row, by the row's name; without `none` there is nothing to compare to.
 
     Returns:
-        Medians over a few rounds, by name, of steps at full strength; those of a penalty that
-        is added on every k-th step are averaged over k.
+        By name, of steps at full strength; those of a penalty that is added on every k-th step
+        are averaged over k. A row whose every try diverged is left out.
     """
     if "none" not in configs:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in configs}
+    memory: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: Run(dataclasses.replace(config, out=str(Path(folder) / str(i)), resume=False))
             for i, (name, config) in enumerate(configs.items())
         }
-        for _ in range(_ROUNDS):
+        for round_number in range(_ROUNDS):
             for name, run in runs.items():
                 steps = max(_STEPS, run.config.every)
                 try:
+                    if round_number == 0:
+                        memory[name] = bytes_of_step(run)
                     seconds[name].append(run.seconds_of_steps(steps) / steps)
                 except NumericsError:  # the same batch again and again may diverge
                     continue
     medians = {name: statistics.median(own) for name, own in seconds.items() if own}
-    return {name: own / medians["none"] for name, own in medians.items()}
+    return {
+        name: StepCost(own / medians["none"], memory[name] / memory["none"])
+        for name, own in medians.items()
+    }
+
+
+def bytes_of_step(run: Run) -> int:
+    """Bytes of three copies of the weights, and of all tensors that a step saves for backward.
+
+    A storage saved twice counts once, as does one whose memory is used again in the step.
+    """
+    size = 3 * sum(p.nbytes for p in run.model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run.seconds_of_steps(0)
+    return size + sum(saved.values())

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.config import VerifyConfig
+from hesstrace_cli.config import DataConfig, TrainConfig, VerifyConfig
 from hesstrace_cli.curvature.differentiable import differentiable_ops, replacements
 from hesstrace_cli.curvature.finite import mixed, slopes
 from hesstrace_cli.curvature.ggn import softmax_root, trace_sample
@@ -32,9 +32,10 @@ from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.estimation import versions
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
+from hesstrace_cli.stepcost import step_costs
 
 SCHEMA = "hesstrace/verify/1"
-GOOD = ("right", "replaced", "unsettled", "yes", "no")
+GOOD = ("right", "replaced", "unsettled", "yes", "no", "measured")
 _TOLERANCE = 1e-3
 
 
@@ -45,8 +46,8 @@ class Row:
     Attributes:
         check: What was looked at.
         verdict: "right", "replaced" (made right by another form), "wrong", "refused",
-            "unsettled" (the differences themselves depend on the step), or the answer "yes" or
-            "no" to a question that no verdict hangs on.
+            "unsettled" (the differences themselves depend on the step), or, where no verdict
+            hangs on it, the answer "yes" or "no", or "measured".
         detail: The figures, or the reason.
     """
 
@@ -74,6 +75,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     for mode in (True, False):
         rows += _rows(model.train(mode), X, y, "train" if mode else "eval", config.seed)
     good = all(row.verdict in GOOD for row in rows)
+    if good:
+        rows += _costs(config)
     return {
         "schema": SCHEMA,
         "model": config.model,
@@ -85,6 +88,26 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
     }
+
+
+def _costs(config: VerifyConfig) -> Iterator[Row]:
+    """What a step with the penalty costs here, at the defaults of `hesstrace train`."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(DataConfig)}
+    plain = TrainConfig(**{**shared, "data_dir": config.data_dir or "data"})
+    rows = {"SEHT-H": "hutchinson", "SEHT-D": "dropout"}
+    configs = {
+        name: dataclasses.replace(plain, reg=["trace=0.01"], estimator=estimator)
+        for name, estimator in rows.items()
+    }
+    costs = step_costs({"none": plain, **configs})
+    for name in rows:
+        if name in costs:
+            yield Row(
+                f"train: a step with {name}, float32, batches of {config.batch_size}",
+                "measured",
+                f"{costs[name].time:.1f} times the plain step's time, {costs[name].memory:.1f} "
+                "times its memory",
+            )
 
 
 def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Iterator[Row]:

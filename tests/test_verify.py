@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -156,7 +157,19 @@ def run(tmp_path, model, *flags):
 def test_no_clean_model_is_accused(model, flags, seed, tmp_path):
     code, rows = run(tmp_path, model, *flags, "--seed", seed)
     assert code == 0
-    assert {verdict for verdict, _ in rows.values()} <= {"right", "replaced", "yes", "no"}
+    assert {verdict for verdict, _ in rows.values()} <= {
+        "right",
+        "replaced",
+        "yes",
+        "no",
+        "measured",
+    }
+    for name in ("SEHT-H", "SEHT-D"):
+        verdict, detail = rows[f"train: a step with {name}, float32, batches of 8"]
+        assert verdict == "measured"
+        time, memory = map(float, re.findall(r"([\d.]+) times", detail))
+        assert time > 0
+        assert memory > 1  # the penalty's graph comes on top
     assert sum(verdict == "right" for verdict, _ in rows.values()) == 14
 
 

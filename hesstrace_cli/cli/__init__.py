@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -47,4 +48,6 @@ app.command()(verify)
 
 def main() -> None:
     """The entry point `hesstrace`."""
+    # PyTorch's own forward mode calls it.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     app()

@@ -185,6 +185,9 @@ def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict
 
     if not measure:
         return _read_costs(out)
-    costs = step_costs({run.regularizer: run.config for run in runs if not run.diverged.is_file()})
+    measured = step_costs(
+        {run.regularizer: run.config for run in runs if not run.diverged.is_file()}
+    )
+    costs = {name: cost.time for name, cost in measured.items()}
     write_atomically(out / _COSTS, json.dumps(costs, indent=2) + "\n")
     return costs

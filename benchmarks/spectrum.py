@@ -1,0 +1,218 @@
+"""Products and seconds to the top eigenvalue and a density, beside PyHessian and curvlinops.
+
+    pip install -e ".[bench]"
+    python benchmarks/spectrum.py --dataset imagefolder:DIR
+
+ResNet-18 (CIFAR form) is trained for a few steps, so that its spectrum has outliers; then each tool
+finds the largest eigenvalue of the Hessian to one relative residual ||H v - lambda v|| / lambda,
+and a density of 64 bins by stochastic Lanczos quadrature with the same vectors and steps. Counts
+are taken on `--count-examples`; the seconds of one product on `--examples`, the tools in turn.
+Each tool's residual is its own, ARPACK's from a product that is not counted; hesstrace's Lanczos
+run serves the density as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+
+from hesstrace_cli.config import DataConfig
+from hesstrace_cli.curvature.density import spectral_density
+from hesstrace_cli.curvature.lanczos import Krylov
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.data import Split, load_data
+from hesstrace_cli.models import build_model
+from hesstrace_cli.reporting.tables import markdown_table
+
+PROBES, STEPS, BINS = 1, 30, 64
+Product = Callable[[Tensor], Tensor]
+
+
+class Counted:
+    """A product with a vector of shape (P,), and how often it was taken."""
+
+    def __init__(self, product: Product, size: int) -> None:
+        self.product, self.size, self.count = product, size, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.count += 1
+        return self.product(v)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        return self(V[:, 0])[:, None]
+
+
+def products(model: nn.Module, split: Split, batch_size: int) -> dict[str, Product]:
+    """Each tool's own product of the Hessian with a vector."""
+    objective = Objective(model, trainable(model))
+    batches = list(split.batches(batch_size))
+    matrix = CurvatureMatrix(objective, lambda: batches, len(split), "hessian")
+    found: dict[str, Product] = {"hesstrace": lambda v: (matrix @ v[:, None])[:, 0]}
+
+    from pyhessian import hessian
+
+    on_gpu = batches[0][0].is_cuda
+    computer = hessian(model, nn.CrossEntropyLoss(), dataloader=batches, cuda=on_gpu)
+    params = list(model.parameters())
+    sizes = [p.numel() for p in params]
+
+    def pyhessian(v: Tensor) -> Tensor:
+        parts = [x.view_as(p) for x, p in zip(v.split(sizes), params, strict=True)]
+        _, product = computer.dataloader_hv_product(parts)
+        model.zero_grad()
+        return torch.cat([x.flatten() for x in product]).detach()
+
+    found["pyhessian"] = pyhessian
+    from curvlinops import HessianLinearOperator
+
+    operator = HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), batches,
+        check_deterministic=False,
+    )  # fmt: skip
+    found["curvlinops"] = lambda v: operator @ v
+    return found
+
+
+def residual(product: Product, vector: Tensor) -> tuple[float, float]:
+    """The Rayleigh quotient of a vector, and ||H v - lambda v|| / lambda."""
+    v = vector / vector.norm()
+    image = product(v)
+    value = (v @ image).item()
+    return value, (image - value * v).norm().item() / abs(value)
+
+
+def ours(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
+    generator = torch.Generator(like.device).manual_seed(0)
+    krylov = Krylov(H, rademacher(like, generator=generator))
+    error = 1.0
+    while error > rtol and H.count < 1000:
+        krylov.extend(1)
+        values, residuals, _ = krylov.ritz()
+        value, error = values[-1].item(), (residuals[-1] / values[-1].abs()).item()
+    eigen = H.count
+    others = (rademacher(like, generator=generator) for _ in range(PROBES - 1))
+    spectral_density(H, others, steps=STEPS, first=krylov).on_grid(points=BINS)
+    return {"value": value, "residual": error, "eigen": eigen, "density": H.count - eigen}
+
+
+def power_iteration(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
+    """PyHessian's algorithm; its own stop looks at the eigenvalue, ours at the residual."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    v = torch.randn(like.shape, generator=generator, device=like.device)
+    error = 1.0
+    while error > rtol and H.count < 1000:
+        v = v / v.norm()
+        image = H(v)
+        value = (v @ image).item()
+        error = (image - value * v).norm().item() / abs(value)
+        v = image
+    return {"value": value, "residual": error, "eigen": H.count, "density": PROBES * STEPS}
+
+
+def arpack(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
+    """What curvlinops' documentation does: scipy's eigsh on its operator."""
+
+    def matvec(vector: Any) -> Any:
+        return H(torch.from_numpy(vector.ravel()).to(like)).cpu().numpy()
+
+    operator = LinearOperator((H.size, H.size), matvec=matvec, dtype=np.float32)
+    _, vectors = eigsh(operator, k=1, which="LA", tol=rtol)
+    eigen = H.count
+    value, error = residual(H.product, torch.from_numpy(vectors[:, 0]).to(like))
+    return {"value": value, "residual": error, "eigen": eigen, "density": PROBES * STEPS}
+
+
+FINDERS = {"hesstrace": ours, "pyhessian": power_iteration, "curvlinops": arpack}
+
+
+def trained(arguments: argparse.Namespace, split: Split) -> nn.Module:
+    model = build_model(
+        arguments.model, num_classes=10, in_shape=next(split.batches(1))[0].shape[1:],
+        model_args={}, seed=0,
+    ).to(arguments.device)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(arguments.train_steps):
+        chosen = torch.randperm(len(split), generator=generator)[:32]
+        X, y = next(split.subset(chosen).batches(32))
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--count-examples", type=int, default=1000)
+    parser.add_argument("--train-steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--rtol", type=float, default=1e-3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = DataConfig(
+        dataset=arguments.dataset, data_dir=arguments.data_dir, model=arguments.model,
+        train_examples=max(arguments.examples, arguments.count_examples), val_fraction=0.0,
+    )  # fmt: skip
+    split = load_data(config, torch.device(arguments.device)).train
+    model = trained(arguments, split)
+    size = sum(p.numel() for p in model.parameters())
+    like = torch.empty(size, device=arguments.device)
+    few = split.subset(torch.arange(arguments.count_examples))
+    found = {
+        name: FINDERS[name](Counted(product, size), like, arguments.rtol)
+        for name, product in products(model, few, arguments.batch_size).items()
+    }
+    seconds = timed(
+        products(model, split.subset(torch.arange(arguments.examples)), arguments.batch_size),
+        like, arguments.rounds,
+    )  # fmt: skip
+    own = seconds["hesstrace"]
+    rows = [
+        [name, f"{r['value']:.4g}", f"{r['residual']:.1e}", str(r["eigen"]), str(r["density"]),
+         f"{seconds[name]:.2f}", f"{seconds[name] / own:.2f}",
+         f"{seconds[name] * (r['eigen'] + r['density']) / own / sum_of(found['hesstrace']):.2f}"]
+        for name, r in found.items()
+    ]  # fmt: skip
+    head = ("tool", "top eigenvalue", "relative residual", "products for it", "more for a density",
+            "seconds a product", "over ours", "both, over ours")  # fmt: skip
+    print(f"{arguments.model}, {size} parameters, {arguments.device}, {torch.__version__}\n")
+    print(markdown_table(head, rows))
+
+
+def sum_of(result: dict[str, Any]) -> int:
+    return int(result["eigen"] + result["density"])
+
+
+def timed(tools: dict[str, Product], like: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of a product, the tools in turn, after one round to warm up."""
+    v = torch.ones_like(like)
+    seconds: dict[str, list[float]] = {name: [] for name in tools}
+    for _ in range(rounds + 1):
+        for name, product in tools.items():
+            begin = time.perf_counter()
+            product(v).sum().item()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(own[1:]) for name, own in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
