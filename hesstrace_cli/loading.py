@@ -15,6 +15,7 @@ from hesstrace_cli.curvature.per_example import MixedExamples, check_independenc
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model, is_plugin
+from hesstrace_cli.parallel import local_rank, under_torchrun
 
 
 def select_device(name: str) -> torch.device:
@@ -23,8 +24,10 @@ def select_device(name: str) -> torch.device:
     Raises:
         ConfigError: If it does not exist here.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     kind, _, number = name.partition(":")
     digits = number.isascii() and number.isdigit()
     if kind not in ("cpu", "cuda") or (":" in name and not (digits and kind == "cuda")):

@@ -16,7 +16,10 @@ from hesstrace_cli.locks import FolderLock
 SCHEMA = "hesstrace/run/1"
 
 # May differ between the first part of a run and a resumed one: they say where, not what.
-_PLACE = ("out", "resume", "device", "num_workers", "data_dir", "download")
+_PLACE = (
+    "out", "resume", "device", "num_workers", "data_dir", "download", "keep_checkpoints",
+    "tensorboard",
+)  # fmt: skip
 
 
 def default_folder(config: TrainConfig, root: str = "runs") -> Path:
@@ -50,6 +53,16 @@ class RunFolder:
     def best(self) -> Path:
         """The checkpoint with the best validation accuracy."""
         return self.path / "best.pt"
+
+    def of_epoch(self, epoch: int) -> Path:
+        """The checkpoint after an epoch, where several are kept."""
+        return self.path / f"epoch-{epoch:04d}.pt"
+
+    def drop_before(self, epoch: int) -> None:
+        """Remove the checkpoints of earlier epochs."""
+        for file in self.path.glob("epoch-*.pt"):
+            if file.name < self.of_epoch(epoch).name:
+                file.unlink(missing_ok=True)
 
     @property
     def metrics(self) -> Path:

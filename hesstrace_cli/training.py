@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.amp import GradScaler
 
 from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
-from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.objective import LossFunc, Objective, call_as_it_is, trainable
 from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
-from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, NumericsError, Stopped
 from hesstrace_cli.estimation import top_eigenvalue, trace_record, versions
 from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
-from hesstrace_cli.regularizers import Regularizer, Step, build
-from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
+from hesstrace_cli.parallel import join
+from hesstrace_cli.precision import run_in_precision
+from hesstrace_cli.regularizers import Part, Regularizer, build
+from hesstrace_cli.regularizers.trace import CurvatureChoice, choose_curvature
+from hesstrace_cli.reporting.events import Events
 from hesstrace_cli.runs import SCHEMA, RunFolder, default_folder
+from hesstrace_cli.steps import (
+    Examples,
+    Stepper,
+    Sums,
+    random_state,
+    set_random_state,
+    split_batch,
+)
 
+_MONITORED_EXAMPLES = 500
 _SUMMARY_EXAMPLES = 2000  # of the trace in the summary; more make no difference to a comparison
 
 # One stream of randomness each, so that one more draw in one does not move the others.
@@ -46,6 +58,10 @@ def derived_seed(seed: int, stream: str, index: int = 0) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
+def _generator(seed: int, device: torch.device, stream: str, index: int) -> Generator:
+    return Generator(device).manual_seed(derived_seed(seed, stream, index))
+
+
 def learning_rate(config: TrainConfig, progress: float) -> float:
     """The learning rate after a share of the run, by `--schedule`."""
     if config.schedule == "cosine":
@@ -53,23 +69,6 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     if config.schedule == "step":
         return config.lr * 0.2 ** sum(progress >= at for at in (0.3, 0.6, 0.8))
     return config.lr
-
-
-@dataclasses.dataclass
-class Sums:
-    """What an epoch adds up, on the device, without waiting for it."""
-
-    loss: Tensor
-    correct: Tensor
-    examples: int
-    penalty: Tensor
-    penalty_steps: int
-
-    @classmethod
-    def zero(cls, device: torch.device) -> Sums:
-        """An empty sum."""
-        zeros = [torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)]
-        return cls(zeros[0], zeros[1], 0, zeros[2], 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +102,7 @@ class Run:
         self.folder = RunFolder(Path(config.out) if config.out else default_folder(config))
         self.config = dataclasses.replace(config, out=str(self.folder.path))
         self.device = select_device(config.device)
+        self.ranks = join(self.device)
         self.data: DataSet = load_data(config, self.device)
         self.model = self._build_model()
         self.optimizer = self._build_optimizer()
@@ -117,23 +117,35 @@ class Run:
         self.loss_func: LossFunc = F.cross_entropy
         self.curvature = self._choose_curvature()
         self.regularizers = self._build_regularizers()
-        self.order = max([1, *(r.order for r in self.regularizers)])
+        self._check_parts()
+        self.stepper = Stepper(
+            config, self._objective(), self.regularizers, self.optimizer, self.ranks,
+            generators=partial(_generator, config.seed, self.device),
+            scaler=GradScaler(self.device.type, enabled=config.precision == "fp16"),
+        )  # fmt: skip
         self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
         self.sums = Sums.zero(self.device)
         self.model_random_state: Tensor | None = None
+        self.events = Events(self.folder.path / "tensorboard" if config.tensorboard else None)
         # Last: what fails before leaves no folder behind.
-        self.lock = self.folder.lock()
+        self.lock = self.folder.lock() if self.ranks.is_first else None
         try:
             self._begin()
         except HesstraceError:
-            self.lock.release()
+            self._unlock()
             raise
 
     def _begin(self) -> None:
-        checkpoint = self.folder.open(self.config)
+        checkpoint = self.folder.open(self.config) if self.ranks.is_first else None
+        checkpoint = self.ranks.from_first(checkpoint)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.folder.truncate_metrics(self.step // self.steps_per_epoch)
+        if self.ranks.is_first:
+            self.folder.truncate_metrics(self.step // self.steps_per_epoch)
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -146,9 +158,11 @@ class Run:
         )
         if config.init is not None:
             load_weights(model, read_checkpoint(config.init).state_dict, config.init)
-        model = model.to(self.device).train()
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.num_logits = check_fit(model, self.data, config.model)
         check_training_output(model, self.data, config.model)
+        run_in_precision(model, config.precision, self.device)
         return model
 
     def _count_steps(self) -> int:
@@ -158,7 +172,7 @@ class Run:
             ConfigError: If no batch has batch statistics.
         """
         size, batch_size = len(self.data.train), self.config.batch_size
-        if (min(size, batch_size) > 1 and size % batch_size != 1) or self._takes_one_example():
+        if (min(size, batch_size) > 1 and size % batch_size != 1) or self._takes_one_example:
             return math.ceil(size / batch_size)
         if min(size, batch_size) == 1:
             raise ConfigError(
@@ -167,6 +181,20 @@ class Run:
             )
         return size // batch_size
 
+    def _parts(self, num_examples: int) -> list[Part]:
+        alone = self.ranks.size == self.config.accumulate == 1
+        least = 1 if alone or self._takes_one_example else 2
+        return split_batch(num_examples, self.ranks, rounds=self.config.accumulate, least=least)
+
+    def _check_parts(self) -> None:
+        whole = [type(r).__name__ for r in self.regularizers if not r.splits]
+        if whole and (self.ranks.size > 1 or self.config.accumulate > 1):
+            raise ConfigError(
+                f"--reg {whole[0]} needs the gradient of the whole batch: it cannot be combined "
+                "with --accumulate or several processes"
+            )
+
+    @functools.cached_property
     def _takes_one_example(self) -> bool:
         X, _ = next(self.data.train.batches(1))
         devices = [self.device] if self.device.type == "cuda" else []
@@ -208,7 +236,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether every step is done and the summary written."""
-        return self.step >= self.total_steps and self.folder.summary() is not None
+        done = self.step >= self.total_steps and self.folder.summary() is not None
+        return bool(self.ranks.from_first(done))
 
     def advance(self, should_stop: Callable[[], int | None] = lambda: None) -> Iterator[Progress]:
         """Train to the end, a step at a time.
@@ -227,27 +256,29 @@ class Run:
                 with torch.random.fork_rng(devices=devices):
                     yield from self._epoch(epoch, first, should_stop)
         except HesstraceError:
-            self.lock.release()
+            self._unlock()
             raise
 
     def _epoch(
         self, epoch: int, first: int, should_stop: Callable[[], int | None]
     ) -> Iterator[Progress]:
         # The global state serves the model's own Dropout alone.
-        torch.manual_seed(derived_seed(self.config.seed, "model", epoch))
+        key = epoch + (self.ranks.rank << 44)
+        torch.manual_seed(derived_seed(self.config.seed, "model", key))
         if self.model_random_state is not None:
-            _set_random_state(self.model_random_state, self.device)
+            set_random_state(self.model_random_state, self.device)
             self.model_random_state = None
         generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
         order = order[: self.steps_per_epoch * self.config.batch_size]
-        batches = self.data.train.batches(
-            self.config.batch_size, order[first * self.config.batch_size :]
-        )
+        batches = order.split(self.config.batch_size)[first:]
+        parts = [self._parts(len(batch)) for batch in batches]
+        rows = [batch[part.rows] for batch, own in zip(batches, parts, strict=True) for part in own]
+        loaded = self.data.train.parts(rows)
         self.model.train()
         begin = time.monotonic()
-        for index, (X, y) in enumerate(batches, start=first + 1):
-            self._train_step(X, y)
+        for index, own in enumerate(parts, start=first + 1):
+            self._train_step([(*next(loaded), part) for part in own])
             self.step += 1
             self.seconds += time.monotonic() - begin
             if index == self.steps_per_epoch:
@@ -255,8 +286,9 @@ class Run:
             else:
                 yield Progress(epoch + 1, index, self.steps_per_epoch)
             begin = time.monotonic()
-            number = should_stop()
-            if number is not None:
+            number = self.ranks.largest(should_stop() or 0, self.device)
+            if number:
+                self._reduce()
                 self._save(self.folder.last)
                 raise Stopped(
                     f"stopped by signal {number} in epoch {epoch + 1}; "
@@ -264,64 +296,13 @@ class Run:
                     number,
                 )
 
-    def _train_step(self, X: Tensor, y: Tensor) -> None:
-        config, progress = self.config, self.step / self.total_steps
-        generator = self._generator("regularizers", X.device)
-        if config.augment == "crop-flip":
-            X = crop_flip(X, generator=self._generator("augmentation", X.device))
-        targets = y
-        for regularizer in self.regularizers:
-            X, targets = regularizer.transform(X, targets, generator)
-        if any(regularizer.needs_input_gradient for regularizer in self.regularizers):
-            X = X.detach().requires_grad_()
-        if self.order > 1:
-            with differentiable_ops(order=self.order):
-                logits = self.model(X)
-        else:
-            logits = self.model(X)
-        loss = self.loss_func(logits, targets)
-        step = Step(self._objective(), X, targets, logits, loss, self.step, progress, generator)
-        total = self._add_terms(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        self._check_finite(total)
-        self.optimizer.step()
-        self.sums.loss += loss.detach() * len(y)
-        self.sums.correct += (logits.detach().argmax(1) == y).sum()
-        self.sums.examples += len(y)
-
-    def _add_terms(self, step: Step) -> Tensor:
-        plain, total = step.loss, torch.zeros_like(step.loss)
-        for regularizer in self.regularizers:
-            term = regularizer.term(step)
-            if term is None:
-                continue
-            if term.replaces:
-                plain = term.value
-                continue
-            total = total + term.weight * term.value
-            if isinstance(regularizer, TracePenalty):
-                self.sums.penalty += term.value.detach()
-                self.sums.penalty_steps += 1
-        return plain + total
-
-    def _generator(self, stream: str, device: torch.device) -> Generator:
-        return Generator(device).manual_seed(derived_seed(self.config.seed, stream, self.step))
-
-    def _check_finite(self, total: Tensor) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        size = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(total.detach() + size):
-            raise NumericsError(
-                f"the loss is {total.item():g} and its gradient's norm {size.item():g} in step "
-                f"{self.step + 1} of {self.total_steps}; stopped before the weights moved. A lower "
-                "--lr or strength, or a longer --warmup, may help"
-            )
+    def _train_step(self, examples: Sequence[Examples]) -> None:
+        progress = self.step / self.total_steps
+        lr = learning_rate(self.config, progress)
+        self.stepper.step(examples, self.step, progress, lr, self.sums)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
-        sums = self.sums
+        sums = self._reduce()
         record: dict[str, Any] = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -334,17 +315,50 @@ class Run:
         if self.data.val is not None:
             loss, accuracy = evaluate(self.model, self.data.val, self.config.batch_size)
             record |= {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}
+        if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
+            record |= self._monitored_trace()
         record["seconds"] = self.seconds
         self.sums = Sums.zero(self.device)
-        self.folder.append_metrics(record)
+        if self.ranks.is_first:
+            self.folder.append_metrics(record)
+            self.events.add(record)
         accuracy = record.get("val_accuracy", -1.0)
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
             self._save(self.folder.best)
+        if self.config.keep_checkpoints:
+            self._save(self.folder.of_epoch(epoch))
+            if self.ranks.is_first:
+                self.folder.drop_before(epoch - self.config.keep_checkpoints + 1)
         self._save(self.folder.last)
         return record
 
+    def _reduce(self) -> Sums:
+        """The epoch's figures over all processes, and the first one's running statistics."""
+        if self.ranks.size == 1:
+            return self.sums
+        own = self.sums
+        examples = torch.tensor(own.examples, device=self.device)
+        others = [b for b in self.model.buffers() if not self.ranks.is_first]
+        for buffer in others:
+            buffer.zero_()
+        self.ranks.sum_([own.loss, own.correct, own.penalty, examples, *self.model.buffers()])
+        self.sums = dataclasses.replace(own, examples=int(examples.item()))
+        return self.sums
+
+    def _monitored_trace(self) -> dict[str, float | None]:
+        """The trace on a subset that stays the same, in eval mode."""
+        split = self.data.train
+        split = split.subset(stratified_order(split.labels, 0)[:_MONITORED_EXAMPLES])
+        config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
+        self.model.eval()
+        record = trace_record(self.model, split, config) if self.ranks.is_first else {}
+        self.model.train()
+        return {"trace": record.get("trace"), "trace_stderr": record.get("stderr")}
+
     def _save(self, path: Path) -> None:
+        if not self.ranks.is_first:
+            return
         settings = {k: v for k, v in dataclasses.asdict(self.config).items()}
         write_atomically(
             path,
@@ -357,7 +371,8 @@ class Run:
                 "seconds": self.seconds,
                 "best_accuracy": self.best_accuracy,
                 "sums": dataclasses.asdict(self.sums),
-                "random_state": _random_state(self.device),
+                "scaler": self.stepper.scaler.state_dict(),
+                "random_state": random_state(self.device),
                 "config": settings,
                 "preprocess": self.data.preprocess.as_dict(),
                 "num_classes": self.data.num_classes,
@@ -371,6 +386,7 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best_accuracy = checkpoint["best_accuracy"]
+        self.stepper.scaler.load_state_dict(checkpoint["scaler"])
         saved: dict[str, Any] = checkpoint["sums"]
         moved: dict[str, Any] = {
             k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
@@ -381,6 +397,12 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the last weights, estimate their trace, and write the summary."""
+        summary = self._summarize() if self.ranks.is_first else None
+        summary = self.ranks.from_first(summary)
+        assert summary is not None
+        return summary
+
+    def _summarize(self) -> dict[str, Any]:
         config, batch_size = self.config, max(self.config.batch_size, 256)
         self.model.eval()
         train_loss, train_accuracy = evaluate(self.model, self.data.train, batch_size)
@@ -413,7 +435,7 @@ class Run:
             "versions": versions(),
         }
         self.folder.write_summary(summary)
-        self.lock.release()
+        self._unlock()
         return summary
 
     def _summary_split(self) -> Split:
@@ -429,15 +451,20 @@ class Run:
 
     def seconds_of_steps(self, steps: int) -> float:
         """The time of so many steps at full strength, after one to warm up; the run is spoilt."""
-        batches = [next(self.data.train.batches(self.config.batch_size))]
+        rows = torch.arange(min(self.config.batch_size, len(self.data.train)))
+        own = self._parts(len(rows))
+        examples = list(
+            zip(self.data.train.parts([rows[part.rows] for part in own]), own, strict=True)
+        )
+        batch = [(X, y, part) for (X, y), part in examples]
         self.step = self.total_steps - 1
         with torch.random.fork_rng(devices=[]):
-            self._train_step(*batches[0])
+            self._train_step(batch)
             self._synchronize()
             begin = time.perf_counter()
             for index in range(steps):
                 self.step = self.total_steps - 1 - index
-                self._train_step(*batches[0])
+                self._train_step(batch)
             self._synchronize()
         return time.perf_counter() - begin
 
@@ -467,16 +494,3 @@ class Run:
         names = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
         settings = {name: getattr(self.config, name) for name in names}
         return {**dataclasses.asdict(self.curvature), **settings}
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

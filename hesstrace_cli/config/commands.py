@@ -148,6 +148,25 @@ class TrainConfig(DataConfig):
     out: str | None = option(
         None, "run folder (default: runs/<data>-<model>-<regularizers>-seed<seed>)", panel="Output"
     )
+    precision: str = option(
+        "float32", "of the forward pass in training; weights stay in float32", panel="Machine",
+        choices=("float32", "bf16", "fp16"),
+    )  # fmt: skip
+    channels_last: bool = option(
+        False, "memory layout of images that GPUs are fastest with", panel="Machine"
+    )
+    accumulate: int = option(
+        1, "rounds that a batch is split into, to save memory", panel="Machine", minimum=1
+    )
+    monitor_trace: int = option(
+        0, "estimate the trace every k epochs on 500 fixed examples", panel="Output", minimum=0
+    )
+    keep_checkpoints: int = option(
+        0, "keep the checkpoints of the last k epochs too", panel="Output", minimum=0
+    )
+    tensorboard: bool = option(
+        False, "write the figures of each epoch for TensorBoard too", panel="Output"
+    )
     top_eigenvalue: bool = option(
         False, "put the largest eigenvalue of the Hessian into the summary", panel="Output"
     )

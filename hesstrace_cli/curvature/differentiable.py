@@ -157,6 +157,17 @@ def _without_cudnn(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _in_full_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Statistics of a half-precision input are taken in float32, as the fused kernels do."""
+
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.dtype not in (torch.bfloat16, torch.float16):
+            return norm(input, *args, **kwargs)
+        return norm(input.float(), *args, **kwargs).to(input.dtype)
+
+    return call
+
+
 # Right and fast where only second derivatives in reverse mode are taken (the Gauss-Newton penalty).
 _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
@@ -171,8 +182,7 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     },
 }
 
-_ANY_ORDER: dict[Any, Callable[..., Any]] = {
-    **_SECOND_ORDER,
+_NORMS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
@@ -183,6 +193,11 @@ _ANY_ORDER: dict[Any, Callable[..., Any]] = {
     torch.group_norm: group_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
+}
+
+_ANY_ORDER: dict[Any, Callable[..., Any]] = {
+    **_SECOND_ORDER,
+    **{operation: _in_full_precision(norm) for operation, norm in _NORMS.items()},
 }
 
 

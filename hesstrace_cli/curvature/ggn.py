@@ -57,15 +57,45 @@ def trace_sample(logits: Tensor, params: Params, signs: Tensor, keep: Params) ->
     Returns:
         For each kept tensor its part of t, 0-dim, with a graph to all parameters.
     """
-    u = softmax_root(logits, signs)
+    return traces_of(root_gradient(logits, params, signs, keep), keep, len(logits))
+
+
+def traces_of(grads: Params, keep: Params, num_examples: int) -> dict[str, Tensor]:
+    """|| s g ||^2 / N for each kept tensor, from `root_gradient` of a whole batch."""
+    return {name: (keep[name] * g).square().sum() / num_examples for name, g in grads.items()}
+
+
+def root_gradient(logits: Tensor, params: Params, signs: Tensor, keep: Params) -> dict[str, Tensor]:
+    """G = sum_i J_i^T B_i e_i for each kept tensor, with a graph to all parameters.
+
+    The arguments are those of `trace_sample`. g is a sum over the examples: those of the parts of
+    a batch add up, which the samples ||s g||^2 / N do not.
+    """
     grads = torch.autograd.grad(
-        logits, [params[name] for name in keep], grad_outputs=u, create_graph=True,
-        materialize_grads=True,
+        logits, [params[name] for name in keep], grad_outputs=softmax_root(logits, signs),
+        create_graph=True, materialize_grads=True,
     )  # fmt: skip
-    return {
-        name: (factor * g).square().sum() / len(logits)
-        for (name, factor), g in zip(keep.items(), grads, strict=True)
-    }
+    return dict(zip(keep, grads, strict=True))
+
+
+def trace_sample_of_parts(local: Params, whole: Params, keep: Params, num_examples: int) -> Tensor:
+    """The sample of tr(G) of a batch in parts, with the gradient that this part adds to it.
+
+        t = ||s g||^2 / N,   dt = (2/N) sum over the parts of <s^2 g, dg_part>
+
+    Args:
+        local: `root_gradient` of this part, with its graph.
+        whole: g, their sum over all parts, without one.
+        keep: The factors s.
+        num_examples: N, of the whole batch.
+
+    Returns:
+        A 0-dim tensor with the value t, whose gradients over the parts sum to that of t.
+    """
+    scaled = {name: factor**2 * whole[name] for name, factor in keep.items()}
+    value = torch.stack([(scaled[n] * whole[n]).sum() for n in keep]).sum() / num_examples
+    slope = torch.stack([(scaled[n] * local[n]).sum() for n in keep]).sum() * 2 / num_examples
+    return value + slope - slope.detach()
 
 
 def ggn_vp(

@@ -32,8 +32,12 @@ class Split(Protocol):
         """The split of the examples at `indices`, in that order."""
         ...
 
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in the given order; the last may be smaller."""
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, in order; the last may be smaller."""
+        ...
+
+    def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
+        """Inputs and labels of the examples at each of the given indices, part by part."""
         ...
 
 
@@ -61,12 +65,15 @@ class TensorSplit:
         indices = indices.to(self.labels.device)
         return TensorSplit(self.inputs[indices], self.labels[indices], self.preprocess, self.dtype)
 
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch."""
-        if order is None:
-            order = torch.arange(len(self))
-        for indices in order.to(self.labels.device).split(batch_size):
-            yield self.preprocess(self.inputs[indices], self.dtype), self.labels[indices]
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, in order."""
+        return self.parts(torch.arange(len(self)).split(batch_size))
+
+    def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
+        """Inputs and labels of the examples at each of the given indices."""
+        for chosen in indices:
+            chosen = chosen.to(self.labels.device)
+            yield self.preprocess(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -101,12 +108,15 @@ class DatasetSplit:
             self.device, self.num_workers, self.dtype,
         )  # fmt: skip
 
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, read ahead by the workers."""
-        indices = self.indices if order is None else self.indices[order]
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, in order."""
+        return self.parts(torch.arange(len(self)).split(batch_size))
+
+    def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
+        """Inputs and labels of the examples at each of the given indices, read ahead by workers."""
         loader: DataLoader[Batch] = DataLoader(
             self.dataset,
-            batch_sampler=[part.tolist() for part in indices.split(batch_size)],
+            batch_sampler=[self.indices[chosen].tolist() for chosen in indices],
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from hesstrace_cli.config import REGULARIZERS, TrainConfig
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.plugins import load_factory
-from hesstrace_cli.regularizers.base import Regularizer, Step, Term
+from hesstrace_cli.regularizers.base import Part, Regularizer, Step, Term
 
-__all__ = ["Regularizer", "Step", "Term", "build"]
+__all__ = ["Part", "Regularizer", "Step", "Term", "build"]
 
 
 def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:

@@ -12,18 +12,43 @@ from hesstrace_cli.curvature.objective import Objective
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some examples of a batch: those of one process, or of one round of accumulation.
+
+    Attributes:
+        rows: Their positions in the whole batch.
+        num_examples: Of the whole batch.
+        share: The weight of their mean in that of the whole; 0 where they only keep a process
+            busy that has no examples of its own.
+    """
+
+    rows: Tensor
+    num_examples: int
+    share: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are the batch."""
+        return len(self.rows) == self.num_examples and self.share == 1
+
+
+@dataclass(frozen=True)
 class Step:
     """What a regularizer sees of one training step.
 
     Attributes:
         objective: The loss trained on as a function of the parameters, in training mode.
-        X: The inputs, as the model saw them.
+        X: The inputs, as the model saw them, of this part of the batch.
         targets: Class numbers (N,) or probabilities (N, C).
         logits: Of the ordinary forward pass, shape (N, C), with their graph.
         loss: Of those logits, 0-dim, with its graph.
+        part: Where these examples stand in the whole batch.
         index: Number of the step in the run, from 0.
         progress: The share of the run that is done, in [0, 1).
         generator: Source of this regularizer's randomness in this step, on the device.
+        state: Of the randomness that all parts of the batch share; see `shared_generator`.
+        gathered: What `Regularizer.gather` gave, summed over the parts; None where the batch has
+            one part.
     """
 
     objective: Objective
@@ -31,9 +56,18 @@ class Step:
     targets: Tensor
     logits: Tensor
     loss: Tensor
+    part: Part
     index: int
     progress: float
     generator: Generator
+    state: Tensor
+    gathered: list[Tensor] | None = None
+
+    def shared_generator(self) -> Generator:
+        """A generator that gives the same numbers for every part of the batch, at every call."""
+        generator = Generator(self.generator.device)
+        generator.set_state(self.state)
+        return generator
 
     def loss_at(self, shift: dict[str, Tensor]) -> Tensor:
         """The loss at other parameters, w + shift; running statistics stay as they are.
@@ -55,11 +89,13 @@ class Term:
         weight: Its strength at this step.
         value: What is weighted, 0-dim, with a graph to the parameters.
         replaces: Whether it stands in the place of the plain loss, rather than beside it.
+        is_mean: Whether it is a mean over the examples; else it is of the whole batch already.
     """
 
     weight: float
     value: Tensor
     replaces: bool = False
+    is_mean: bool = True
 
 
 class Regularizer:
@@ -72,11 +108,13 @@ class Regularizer:
             make it run inside `differentiable_ops(order=...)`.
         needs_input_gradient: Whether the ordinary forward pass must keep a graph to the inputs.
         label_smoothing: Of the cross-entropy trained on.
+        splits: Whether a batch may come in parts, over several processes or rounds.
     """
 
     order: int = 1
     needs_input_gradient: bool = False
     label_smoothing: float = 0.0
+    splits: bool = True
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         self.strength = strength
@@ -88,6 +126,10 @@ class Regularizer:
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """The batch to train on."""
         return X, targets
+
+    def gather(self, step: Step) -> list[Tensor]:
+        """What must be summed over all parts of the batch before `term`; nothing for means."""
+        return []
 
     def term(self, step: Step) -> Term | None:
         """The term that this step's loss gets; None for none."""

@@ -20,6 +20,7 @@ class GradientNorm(Regularizer):
     """Penalizes the norm of the batch's gradient."""
 
     order = 2
+    splits = False
 
     def term(self, step: Step) -> Term:
         """The norm over all trainable parameters."""

@@ -18,6 +18,8 @@ from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 class SharpnessAware(Regularizer):
     """Trains on the loss at distance `strength` up the gradient, in place of the plain loss."""
 
+    splits = False
+
     def term(self, step: Step) -> Term:
         """L(w + e)."""
         grad = gradient(step.loss, step.objective.params)

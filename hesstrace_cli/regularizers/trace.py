@@ -11,17 +11,18 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.ggn import trace_sample
+from hesstrace_cli.curvature.ggn import root_gradient, trace_sample_of_parts, traces_of
 from hesstrace_cli.curvature.graph import check_graph
 from hesstrace_cli.curvature.hessian import Mode, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
-from hesstrace_cli.curvature.probes import Scheme, draw_keep, draw_probe, rademacher
+from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
@@ -76,35 +77,66 @@ class TracePenalty(Regularizer):
         warmup = self.config.warmup
         return self.strength * (min(1.0, progress / warmup) if warmup > 0 else 1.0)
 
+    def _is_active(self, step: Step) -> bool:
+        return self.weight(step.progress) > 0 and step.index % self.config.every == 0
+
+    def gather(self, step: Step) -> list[Tensor]:
+        """For tr(G), which is not additive: each probe's sum over the examples."""
+        if self.config.curvature != "ggn" or not self._is_active(step):
+            return []
+        return [g for _, grads in self._root_gradients(step) for g in grads.values()]
+
     def term(self, step: Step) -> Term | None:
         """The unbiased sample of the trace, averaged over the probes."""
-        weight = self.weight(step.progress)
-        if weight == 0 or step.index % self.config.every:
+        if not self._is_active(step):
             return None
-        sample = self._ggn_sample if self.config.curvature == "ggn" else self._hessian_sample
+        of_g = self.config.curvature == "ggn"
         try:
-            value = torch.stack([sample(step) for _ in range(self.config.num_probes)]).mean()
+            samples = self._ggn_samples(step) if of_g else self._hessian_samples(step)
+            value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
             raise refuse(problem, step.objective, step.X) from problem
-        return Term(weight, value)
+        is_mean = not of_g or step.gathered is None
+        return Term(self.weight(step.progress), value, is_mean=is_mean)
 
-    def _ggn_sample(self, step: Step) -> Tensor:
-        keep = draw_keep(
-            step.objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
-            generator=step.generator,
-        )  # fmt: skip
-        signs = rademacher(step.logits, generator=step.generator)
-        parts = trace_sample(step.logits, step.objective.params, signs, keep)
-        return torch.stack(list(parts.values())).sum()
+    def _root_gradients(self, step: Step) -> Iterator[tuple[Params, dict[str, Tensor]]]:
+        """For every probe what is kept, and sum_i J_i^T B_i e_i over this part's examples."""
+        params, logits, part = step.objective.params, step.logits, step.part
+        generator = step.shared_generator()
+        for _ in range(self.config.num_probes):
+            keep = draw_keep(
+                params, scheme=self.scheme, keep_prob=self.config.keep_prob, generator=generator
+            )
+            like = logits.new_empty((part.num_examples, logits.shape[1]))
+            signs = rademacher(like, generator=generator)[part.rows]
+            if part.share == 0:
+                signs = torch.zeros_like(signs)
+            yield keep, root_gradient(logits, params, signs, keep)
 
-    def _hessian_sample(self, step: Step) -> Tensor:
+    def _ggn_samples(self, step: Step) -> list[Tensor]:
+        samples, size = [], step.part.num_examples
+        gathered = iter(step.gathered or ())
+        for keep, local in self._root_gradients(step):
+            if step.gathered is None:
+                parts = traces_of(local, keep, size)
+                samples.append(torch.stack(list(parts.values())).sum())
+            else:
+                whole = {n: next(gathered) for n in local}
+                samples.append(trace_sample_of_parts(local, whole, keep, size))
+        return samples
+
+    def _hessian_samples(self, step: Step) -> list[Tensor]:
+        generator = step.shared_generator()
+        return [self._hessian_sample(step, generator) for _ in range(self.config.num_probes)]
+
+    def _hessian_sample(self, step: Step, generator: Generator) -> Tensor:
         objective = step.objective
         probe = draw_probe(
             objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
-            generator=step.generator,
+            generator=generator,
         )  # fmt: skip
 
         def form(mode: Mode) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.errors import ConfigError, ModelError
-from hesstrace_cli.regularizers import Step, build
+from hesstrace_cli.regularizers import Part, Step, build
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -35,7 +35,9 @@ def step_of(regularizer, case="gelu", seed=0, objective=None):
     X = X.requires_grad_(regularizer.needs_input_gradient)
     logits = objective.model(X)
     loss = objective.loss_func(logits, y)
-    return Step(objective, X, y, logits, loss, 0, 0.5, generator(seed))
+    whole = Part(torch.arange(len(X)), len(X), 1.0)
+    draws = generator(seed)
+    return Step(objective, X, y, logits, loss, whole, 0, 0.5, draws, draws.get_state())
 
 
 def moved(objective, shift):

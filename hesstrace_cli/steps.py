@@ -1,0 +1,248 @@
+"""One training step: the gradients of the loss and of the penalties, over the parts of a batch.
+
+A batch is split over the processes of a job and over rounds of accumulation. Means over examples
+add up with their shares; what is no mean, as the sample of tr(G), is gathered first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.amp import GradScaler
+
+from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.curvature.differentiable import differentiable_ops
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.data.augment import crop_flip
+from hesstrace_cli.errors import NumericsError
+from hesstrace_cli.parallel import Ranks
+from hesstrace_cli.regularizers import Part, Regularizer, Step
+from hesstrace_cli.regularizers.trace import TracePenalty
+
+_LEAST_SCALE = 1e-4  # of float16's loss: below it every gradient has overflowed for long
+Examples = tuple[Tensor, Tensor, Part]
+"""Inputs and labels of a part of a batch, and which part it is."""
+
+
+@dataclass
+class Sums:
+    """What an epoch adds up, on the device, without waiting for it."""
+
+    loss: Tensor
+    correct: Tensor
+    examples: int
+    penalty: Tensor
+    penalty_steps: int
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Sums:
+        """An empty sum."""
+        zeros = [torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)]
+        return cls(zeros[0], zeros[1], 0, zeros[2], 0)
+
+
+def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> list[Part]:
+    """This process's parts of a batch, one or more.
+
+    Args:
+        num_examples: Of the whole batch.
+        ranks: Every process gets examples, the first ones one more where they do not come out
+            even; in a batch too small for that, the last ones repeat some with weight 0.
+        rounds: Parts of each process at most, one after the other.
+        least: Examples of a part: 2 where a part of one has no batch statistics.
+    """
+    sharing = max(1, min(ranks.size, num_examples // least))
+    rows = torch.arange(num_examples)[ranks.rank % sharing :: sharing]
+    if ranks.rank >= sharing:
+        return [Part(rows, num_examples, 0.0)]
+    parts = rows.tensor_split(max(1, min(rounds, len(rows) // least)))
+    return [Part(part, num_examples, len(part) / num_examples) for part in parts]
+
+
+@dataclass
+class Stepper:
+    """Takes the steps of a run.
+
+    Attributes:
+        config: The run's.
+        objective: The loss trained on, in training mode.
+        regularizers: With their strengths.
+        optimizer: Moves the weights.
+        ranks: The processes of the job.
+        generators: Gives the generator of a stream and step: its name and a number.
+        scaler: Keeps the gradients of float16 from underflowing.
+    """
+
+    config: TrainConfig
+    objective: Objective
+    regularizers: Sequence[Regularizer]
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+    generators: Callable[[str, int], Generator]
+    scaler: GradScaler
+
+    def step(
+        self, examples: Sequence[Examples], index: int, progress: float, lr: float, sums: Sums
+    ) -> None:
+        """Move the weights.
+
+        Args:
+            examples: This process's parts of the batch, augmented.
+            index: Number of the step in the run.
+            progress: The share of the run that is done.
+            lr: The learning rate.
+            sums: Gets the step's figures.
+
+        Raises:
+            NumericsError: If the loss or its gradient is not finite; the weights have not moved.
+        """
+        prepared = [self._transformed(*each, index, n) for n, each in enumerate(examples)]
+        kept, gathered = self._gather(prepared, index, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=sums.loss.device)
+        for number, each in enumerate(prepared):
+            step = kept[number] if kept else self._forward(each, index, progress)
+            step = dataclasses.replace(step, gathered=gathered)
+            loss = self._add_terms(step, sums, first=number == 0)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            if step.part.share:
+                sums.loss += step.loss.detach() * len(step.logits)
+                sums.correct += (step.logits.detach().argmax(1) == each.labels).sum()
+                sums.examples += len(step.logits)
+        self._sum_gradients(total)
+        self.scaler.unscale_(self.optimizer)
+        self._check_finite(total, index)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _transformed(self, X: Tensor, y: Tensor, part: Part, index: int, number: int) -> _Prepared:
+        key = index + (number << 32) + (self.ranks.rank << 44) + (1 << 60)  # its own each part
+        generator, targets = self.generators("regularizers", key), y
+        if self.config.augment == "crop-flip":
+            X = crop_flip(X, generator=self.generators("augmentation", key))
+        if self.config.channels_last and X.dim() == 4:
+            X = X.contiguous(memory_format=torch.channels_last)
+        for regularizer in self.regularizers:
+            X, targets = regularizer.transform(X, targets, generator)
+        if any(regularizer.needs_input_gradient for regularizer in self.regularizers):
+            X = X.detach().requires_grad_()
+        shared = self.generators("regularizers", index)
+        return _Prepared(X, y, targets, part, generator, shared.get_state())
+
+    def _forward(self, batch: _Prepared, index: int, progress: float) -> Step:
+        order = max([1, *(r.order for r in self.regularizers)])
+        model = self.objective.model
+        if order > 1:
+            with differentiable_ops(order=order):
+                logits = model(batch.X)
+        else:
+            logits = model(batch.X)
+        loss = self.objective.loss_func(logits, batch.targets)
+        return Step(
+            self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,
+            batch.generator, batch.state,
+        )  # fmt: skip
+
+    def _gather(
+        self, prepared: Sequence[_Prepared], index: int, progress: float
+    ) -> tuple[list[Step], list[Tensor] | None]:
+        """The steps of the forward passes that need not be done again, and what was gathered."""
+        if len(prepared) == 1 and prepared[0].part.is_whole:
+            return [], None
+        if len(prepared) == 1:
+            step = self._forward(prepared[0], index, progress)
+            tensors = self._tensors(step)
+            self.ranks.sum_(tensors)
+            return [step], tensors
+        # A first round over the parts, which leaves no trace in the model and its randomness.
+        buffers = [(b, b.clone()) for b in self.objective.model.buffers()]
+        state, total = random_state(prepared[0].X.device), list[Tensor]()
+        for each in prepared:
+            tensors = self._tensors(self._forward(each, index, progress))
+            total = [a + b for a, b in zip(total, tensors, strict=True)] if total else tensors
+        self.ranks.sum_(total)
+        set_random_state(state, prepared[0].X.device)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return [], total
+
+    def _tensors(self, step: Step) -> list[Tensor]:
+        return [tensor.detach() for r in self.regularizers for tensor in r.gather(step)]
+
+    def _add_terms(self, step: Step, sums: Sums, *, first: bool) -> Tensor:
+        """This part's share of the loss with its terms."""
+        share = step.part.share
+        plain, total = step.loss, torch.zeros_like(step.loss)
+        for regularizer in self.regularizers:
+            term = regularizer.term(step)
+            if term is None:
+                continue
+            if term.replaces:
+                plain = term.value
+                continue
+            weight = share if term.is_mean else 1.0
+            total = total + term.weight * weight * term.value
+            if isinstance(regularizer, TracePenalty):
+                said = share if term.is_mean else float(first and self.ranks.is_first)
+                sums.penalty += term.value.detach() * said
+                sums.penalty_steps += first
+        return share * plain + total
+
+    def _sum_gradients(self, total: Tensor) -> None:
+        """Over the processes; a parameter without a gradient in any of them keeps none."""
+        if self.ranks.size == 1:
+            return
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        used = torch.tensor([float(p.grad is not None) for p in params], device=total.device)
+        self.ranks.sum_([used, total])
+        params = [p for p, count in zip(params, used.tolist(), strict=True) if count]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.ranks.sum_([p.grad for p in params if p.grad is not None])
+
+    def _check_finite(self, total: Tensor, index: int) -> None:
+        grads = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
+        size = torch.nn.utils.get_total_norm(grads)
+        if self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_SCALE:
+            size = torch.zeros_like(size)  # an overflow there: the scaler leaves the step out
+        if not torch.isfinite(total + size):
+            raise NumericsError(
+                f"the loss is {total.item():g} and its gradient's norm {size.item():g} in step "
+                f"{index + 1}; stopped before the weights moved. A lower --lr or strength, or a "
+                "longer --warmup, may help"
+            )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A part after the regularizers' transforms."""
+
+    X: Tensor
+    labels: Tensor
+    targets: Tensor
+    part: Part
+    generator: Generator
+    state: Tensor
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The global state of the device that a model's own Dropout draws from."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Set it to what `random_state` gave."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
