@@ -27,6 +27,7 @@ from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
 from hesstrace_cli.evaluation import evaluate, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
+from hesstrace_cli.parallel import ALONE, Ranks, join
 
 SCHEMA = "hesstrace/trace/1"
 _DEFAULT_RTOL = 0.05
@@ -90,6 +91,7 @@ def estimate(
     on_pass: OnPass | None = None,
     *,
     population: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Estimated:
     """Estimate the trace of the mean cross-entropy's Hessian over a split, in eval mode.
 
@@ -102,6 +104,7 @@ def estimate(
         config: Method, probes, stopping rule, batch size and seed.
         on_pass: Told the estimate after every pass.
         population: The number of examples that the split stands for; its own by default.
+        ranks: The processes that share the batches.
 
     Raises:
         ConfigError: If the method does not exist for this model.
@@ -120,12 +123,13 @@ def estimate(
         objective = Objective(model, trainable(model))
         generator = Generator(X.device).manual_seed(config.seed)
         if config.method in SKETCHES:
-            return _by_sketch(objective, split, config, generator, on_pass)
+            return _by_sketch(objective, split, config, generator, on_pass, ranks)
+        generator.manual_seed(config.seed + (ranks.rank << 32))
         method = choose_method(config, objective, X)
         num_probes = config.num_probes or DEFAULT_PROBES
         result = estimate_trace(
             method.sampler,
-            lambda: split.batches(config.batch_size),
+            lambda: split.batches(config.batch_size, ranks.rank, ranks.size),
             names=objective.params,
             num_examples=len(split),
             population=population,
@@ -134,6 +138,7 @@ def estimate(
             generator=generator,
             exact=method.exact,
             on_pass=on_pass,
+            ranks=ranks,
         )
         return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
     finally:
@@ -158,11 +163,13 @@ def _by_sketch(
     config: EstimateConfig,
     generator: Generator,
     on_pass: OnPass | None,
+    ranks: Ranks,
 ) -> Estimated:
     """Hutch++ or XTrace, with twice the products until the stopping rule holds."""
     matrix = CurvatureMatrix(
-        objective, lambda: split.batches(config.batch_size), len(split), config.curvature
-    )
+        objective, lambda: split.batches(config.batch_size, ranks.rank, ranks.size), len(split),
+        config.curvature, ranks,
+    )  # fmt: skip
     draw, stop, begin = SKETCHES[config.method], _stop(config), time.monotonic()
     num_products, passes = config.num_probes or _DEFAULT_PRODUCTS, 0
     if num_products < _LEAST_PRODUCTS[config.method]:
@@ -179,7 +186,7 @@ def _by_sketch(
             raise NumericsError(f"the trace estimate is {total.value}")
         if on_pass is not None:
             on_pass(passes, total)
-        if stop.reached(total, passes + num_products, time.monotonic() - begin):
+        if ranks.from_first(stop.reached(total, passes + num_products, time.monotonic() - begin)):
             names = dict(zip(objective.params, parts, strict=True))
             whole = TraceEstimate(total, names, passes, None)
             return Estimated(whole, config.method, "as asked for", num_products)
@@ -193,6 +200,7 @@ def trace_record(
     on_pass: OnPass | None = None,
     *,
     population: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Estimate the trace and describe it: the JSON of the contract but for the checkpoint.
 
@@ -202,6 +210,7 @@ def trace_record(
         config: The settings.
         on_pass: Told the estimate after every pass.
         population: The number of examples that the split stands for.
+        ranks: The processes that share the batches.
 
     Raises:
         NumericsError: If the loss is not finite.
@@ -210,7 +219,7 @@ def trace_record(
     loss, accuracy = evaluate(model, split, config.batch_size)
     if not math.isfinite(loss):
         raise NumericsError(f"the loss is {loss} on these {len(split)} examples")
-    estimated = estimate(model, split, config, on_pass, population=population)
+    estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)
     result = estimated.result
     params = trainable(model)
     record: dict[str, Any] = {
@@ -266,7 +275,10 @@ def estimate_checkpoint(
         HesstraceError: As `load_checkpoint` and `trace_record`.
     """
     loaded = load_checkpoint(path, config)
-    record = trace_record(loaded.model, loaded.split, config, on_pass, population=loaded.population)
+    record = trace_record(
+        loaded.model, loaded.split, config, on_pass,
+        population=loaded.population, ranks=join(next(loaded.model.parameters()).device),
+    )  # fmt: skip
     if config.report:
         model, data = loaded.model, loaded.data
         batch_size, trace = config.batch_size, record["trace"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hesstrace_cli.errors import ConfigError
 
+Item = TypeVar("Item")
 _PATIENCE = timedelta(hours=2)  # the others wait while the first rank estimates the trace
 
 
@@ -56,13 +57,15 @@ class Ranks:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers.item())
 
-    def gather(self, items: list[Any]) -> list[Any]:
-        """All ranks' items, those of the first rank first."""
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """All ranks' items, those of the first rank first; of one process as they come."""
         if self.size == 1:
-            return items
-        gathered: list[list[Any]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, items)
-        return [item for own in gathered for item in own]
+            yield from items
+            return
+        gathered: list[list[Item]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, list(items))
+        for own in gathered:
+            yield from own
 
     def from_first(self, thing: Any) -> Any:
         """What the first rank gave."""

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hesstrace_cli.checkpoints import read_checkpoint
+from hesstrace_cli.cli import app
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.parallel import ALONE, Ranks
 from hesstrace_cli.steps import split_batch
@@ -80,7 +82,6 @@ def test_every_example_has_its_weight_once(size, num_examples, least):
         assert len(part.rows) >= least
         weight[part.rows] += part.share / len(part.rows)
     torch.testing.assert_close(weight, torch.full((num_examples,), 1 / num_examples))
-    assert {part.rank for part in ()} == set()
     assert split_batch(num_examples, ALONE, rounds=1, least=1)[0].is_whole
 
 
@@ -121,3 +122,34 @@ def test_two_processes_give_the_same_weights(tmp_path, penalty):
     again = torchrun(2, *flags, "--out", tmp_path / "two", "--accumulate", "2", "--resume")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("nothing to do") == 1
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "xtrace"])
+def test_estimate_over_two_processes(tmp_path, method):
+    run = train_to_end(tmp_path / "r", model_arg={"width": 4}, epochs=4)
+    flags = ["estimate-trace", run.folder.last, "--method", method, "--batch-size", "50",
+             "--per-layer", "--num-probes", "20" if method != "xtrace" else "60"]  # fmt: skip
+    two = torchrun(2, *flags, "--json", tmp_path / "two.json")
+    assert two.returncode == 0, two.stderr
+    one = subprocess.run(
+        [sys.executable, "-m", "hesstrace_cli", *map(str, flags), "--json", "-"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    a, b = json.loads(one.stdout), json.loads((tmp_path / "two.json").read_text())
+    if method == "hutchinson":  # other probes
+        assert a["trace"] != b["trace"]
+        assert abs(a["trace"] - b["trace"]) < 4 * (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
+    else:
+        assert b["trace"] == pytest.approx(a["trace"], rel=1e-5)
+        assert b["stderr"] == pytest.approx(a["stderr"], rel=1e-3, abs=1e-12)
+    assert two.stdout.count("trace of the Hessian") == 1
+
+
+def test_commands_of_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for command in (["compare"], ["spectrum", "x.pt"], ["verify"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("process 1: error:")
+        assert "runs in one process" in result.stderr

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.amp import GradScaler
 
 from hesstrace_cli.checkpoints import read_checkpoint
 from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
@@ -136,3 +139,94 @@ def test_penalty_lowers_the_trace_on_fashion_mnist(tmp_path, fashion_mnist):
     ]
     plain, penalised = (run.finish()["trace"]["trace"] for run in runs)
     assert penalised < plain / 2
+
+
+def gradient_of_one_step(out, **settings):
+    """Of the loss with its penalty, at the initial weights."""
+    run = make_run(out, warmup=0, **settings)
+    if run.stepper.scaler.is_enabled():  # where no gradient overflows
+        run.stepper.scaler = GradScaler("cpu", init_scale=64.0)
+    next(run.advance())
+    return torch.cat([p.grad.flatten().double() for p in run.model.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reg": "trace=0.1", "estimator": "hutchinson"},
+        {"reg": "trace=0.1"},
+        {"reg": "trace=0.1", "dropout_scheme": "entry"},
+        {"reg": "trace=0.001", "curvature": "hessian"},
+        {"reg": "trace=0.1", "model_arg": {"norm": "none"}},
+        {"reg": "trace=0.01", "curvature": "hessian", "model_arg": {"norm": "none"}},
+    ],
+)
+def test_half_precision_gives_the_same_gradient(tmp_path, precision, settings):
+    """To three times what the rounding does to the plain gradient, in the norm of the whole."""
+    errors = []
+    for name, reg in (("plain", {"reg": "none"}), ("penalised", {})):
+        full = gradient_of_one_step(tmp_path / f"{name}-full", **settings | reg)
+        half = gradient_of_one_step(tmp_path / name, precision=precision, **settings | reg)
+        errors.append(((half - full).norm() / full.norm()).item())
+    assert 1e-4 < errors[0] < 0.05
+    assert errors[1] < 3 * errors[0]
+
+
+@pytest.mark.parametrize("reg", ["none", "trace=0.1"])
+def test_channels_last_gives_the_same_gradient(tmp_path, reg):
+    full = gradient_of_one_step(tmp_path / "a", reg=reg)
+    other = gradient_of_one_step(tmp_path / "b", reg=reg, channels_last=True)
+    torch.testing.assert_close(other, full, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_run_is_resumed_and_evaluated_in_full(tmp_path):
+    settings = {"precision": "fp16", "reg": "trace=0.01", "model_arg": {"width": 4}}
+    whole = train_to_end(tmp_path / "a", **settings)
+    run = make_run(tmp_path / "b", **settings)
+    with pytest.raises(Stopped):
+        list(run.advance(lambda: 15 if run.step == 5 else None))
+    again = train_to_end(tmp_path / "b", resume=True, **settings)
+    assert same(weights(whole), weights(again))
+    summary = again.finish()
+    assert summary["trace"]["dtype"] == "float32"
+    again.model.eval()
+    X, _ = next(again.data.test.batches(4))
+    assert torch.equal(again.model(X), type(again.model).forward(again.model, X))
+
+
+def test_kept_checkpoints_monitored_trace_and_events(tmp_path):
+    settings = {"epochs": 5, "keep_checkpoints": 2, "monitor_trace": 2, "tensorboard": True}
+    run = train_to_end(tmp_path / "a", **settings)
+    assert sorted(p.name for p in (tmp_path / "a").glob("epoch-*")) == [
+        "epoch-0004.pt", "epoch-0005.pt",
+    ]  # fmt: skip
+    last = read_checkpoint(tmp_path / "a" / "epoch-0005.pt")
+    assert same(last.state_dict, weights(run))
+    lines = [json.loads(x) for x in run.folder.metrics.read_text().splitlines()]
+    assert ["trace" in line for line in lines] == [False, True, False, True, False]
+    assert lines[3]["trace"] > 0
+    plain = train_to_end(tmp_path / "b", epochs=5)
+    assert same(weights(plain), weights(run))  # watching changes nothing
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("trace")] == pytest.approx(
+        [lines[1]["trace"], lines[3]["trace"]]
+    )
+    assert len(events.Scalars("train_loss")) == 5
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_memory_does_not_grow(tmp_path, curvature):
+    """Over 500 penalised steps neither tensors nor graph nodes pile up."""
+    run = make_run(
+        tmp_path / "a", reg="trace=0.001", curvature=curvature, warmup=0, epochs=100,
+        train_examples=40, batch_size=8, model_arg={"width": 2, "norm": "none"}, val_fraction=0,
+    )  # fmt: skip
+    counts = []
+    for _ in run.advance():
+        if run.step % 100 == 0:
+            gc.collect()
+            counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    assert run.step == 500
+    assert len(counts) == 5
+    assert max(counts) - min(counts) <= 5

@@ -47,6 +47,9 @@ class ErrorBoundary(TyperGroup):
                 "--keep-prob of a trace penalty",
                 2,
             )
+        parallel = sys.modules.get("hesstrace_cli.parallel")
+        if parallel is not None and not code:
+            parallel.leave()
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
@@ -62,7 +65,7 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def _report(message: str, code: int) -> int:
-    from hesstrace_cli.cli.screen import say
+    from hesstrace_cli.cli.screen import complain
 
-    say(f"error: {message}")
+    complain(f"error: {message}")
     return code

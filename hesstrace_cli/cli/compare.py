@@ -43,6 +43,7 @@ def compare(
             raise ConfigError("compare takes folders to tabulate, or settings of runs, not both")
         _tabulate_folders(folders)
         return
+    screen.refuse_processes("compare")
     settings = resolve(CompareConfig, flags, config)
 
     with_trace = any("trace" in row for rows in settings.candidates() for row in rows)
@@ -53,7 +54,7 @@ def compare(
     runs = grid.plan(settings)
     if settings.plan:
         for run in runs:
-            typer.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
+            screen.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
         return
     lock = grid.lock(settings)
     pending = grid.pending(runs)

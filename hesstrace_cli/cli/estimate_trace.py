@@ -47,12 +47,14 @@ def estimate_trace(
         for warning in warnings:
             screen.say(f"warning: {path}: {warning}")
         records.append(record)
+    if screen.is_second():
+        return
     several = {"schema": "hesstrace/traces/1", "traces": records}
     text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
     if settings.plot is not None:
         plots.save(plots.plot_traces(records), settings.plot)
     if settings.json == "-":
-        typer.echo(text)
+        screen.echo(text)
         return
     if settings.json is not None:
         write_atomically(Path(settings.json), text + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -10,28 +11,60 @@ from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
+import typer
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from hesstrace_cli.errors import ConfigError
+
 _LOG_WIDTH = 140
 
 
 def results() -> Console:
     """Where results go; as wide as a log file can hold where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, quiet=is_second())
 
 
 def messages() -> Console:
     """Where progress and messages go."""
-    return Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+    width = None if sys.stderr.isatty() else _LOG_WIDTH
+    return Console(stderr=True, width=width, quiet=is_second())
+
+
+def is_second() -> bool:
+    """Of torchrun's processes the first alone speaks."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def say(text: str) -> None:
     """One line on stderr, as it is."""
     messages().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def refuse_processes(command: str) -> None:
+    """Stop where `torchrun` started a command that runs in one process.
+
+    Raises:
+        ConfigError: If there are several.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"hesstrace {command} runs in one process; start it without torchrun")
+
+
+def complain(text: str) -> None:
+    """An error, which every process may say."""
+    if is_second():
+        text = f"process {os.environ['RANK']}: {text}"
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def echo(text: str) -> None:
+    """A text on stdout as it is, for programs."""
+    if not is_second():
+        typer.echo(text)
 
 
 def show(table: Table) -> None:

@@ -27,6 +27,7 @@ def spectrum(
 
     Example: hesstrace spectrum runs/*/last.pt --top 5 --slice 1 --plot spectrum.png
     """
+    screen.refuse_processes("spectrum")
     settings = resolve(SpectrumConfig, flags, config)
 
     from hesstrace_cli.checkpoints import check_writable, write_atomically
@@ -46,7 +47,7 @@ def spectrum(
     if settings.plot is not None:
         plots.save(spectra.plot_spectra(records), settings.plot)
     if settings.json == "-":
-        typer.echo(text)
+        screen.echo(text)
         return
     if settings.json is not None:
         write_atomically(Path(settings.json), text + "\n")

@@ -22,6 +22,7 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
 
     Example: hesstrace verify --model mymodel.py:build
     """
+    screen.refuse_processes("verify")
     settings = resolve(VerifyConfig, flags, config)
 
     from hesstrace_cli.checkpoints import check_writable, write_atomically
@@ -31,7 +32,7 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     record = run(settings)
     text = json.dumps(record, indent=2, allow_nan=False)
     if settings.json == "-":
-        typer.echo(text)
+        screen.echo(text)
     else:
         if settings.json is not None:
             write_atomically(Path(settings.json), text + "\n")

@@ -168,20 +168,6 @@ def _in_full_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-# Right and fast where only second derivatives in reverse mode are taken (the Gauss-Newton penalty).
-_SECOND_ORDER: dict[Any, Callable[..., Any]] = {
-    torch._weight_norm: weight_norm,
-    torch.norm_except_dim: norm_except_dim,
-    F.hardsigmoid: hardsigmoid,
-    torch._C._nn.hardsigmoid: hardsigmoid,
-    F.hardswish: hardswish,
-    torch._C._nn.hardswish: hardswish,
-    **{
-        recurrent: _without_cudnn(recurrent)
-        for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-    },
-}
-
 _NORMS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: batch_norm,
@@ -193,6 +179,22 @@ _NORMS: dict[Any, Callable[..., Tensor]] = {
     torch.group_norm: group_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
+}
+
+# Right and fast where only second derivatives in reverse mode are taken (the Gauss-Newton penalty).
+_SECOND_ORDER: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: weight_norm,
+    torch.norm_except_dim: norm_except_dim,
+    F.hardsigmoid: hardsigmoid,
+    torch._C._nn.hardsigmoid: hardsigmoid,
+    F.hardswish: hardswish,
+    torch._C._nn.hardswish: hardswish,
+    # The kernels' second derivatives in half precision overflow, so they run in float32.
+    **{operation: _in_full_precision(operation) for operation in _NORMS},
+    **{
+        recurrent: _without_cudnn(recurrent)
+        for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+    },
 }
 
 _ANY_ORDER: dict[Any, Callable[..., Any]] = {

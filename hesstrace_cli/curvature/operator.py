@@ -12,6 +12,7 @@ from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -24,15 +25,23 @@ class CurvatureMatrix:
         batches: Gives the same batches on every call.
         num_examples: N, the examples in all batches together.
         curvature: "hessian" or "ggn".
+        ranks: Processes over which the batches are shared: each multiplies with its own, and all
+            get the sum.
     """
 
     def __init__(
-        self, objective: Objective, batches: Batches, num_examples: int, curvature: str
+        self,
+        objective: Objective,
+        batches: Batches,
+        num_examples: int,
+        curvature: str,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.objective = objective
         self.batches = batches
         self.num_examples = num_examples
         self.curvature = curvature
+        self.ranks = ranks
         self.sizes = [p.numel() for p in objective.params.values()]
 
     @property
@@ -51,6 +60,7 @@ class CurvatureMatrix:
                 probe = {n: part.view_as(params[n]) for n, part in zip(params, parts, strict=True)}
                 product = torch.cat([part.flatten() for part in multiply(probe).values()])
                 total[:, column] += product.detach() * (len(X) / self.num_examples)
+        self.ranks.sum_([total])
         return total
 
     def _ggn(self, X: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

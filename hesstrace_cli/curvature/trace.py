@@ -7,7 +7,7 @@ these shares: unbiased, and far less variable than one probe shared by all batch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from hesstrace_cli.curvature.probes import Params, Scheme, draw_probe
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
 from hesstrace_cli.errors import NumericsError
+from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -210,20 +211,23 @@ def estimate_trace(
     generator: Generator,
     exact: bool = False,
     on_pass: Callable[[int, Mean], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TraceEstimate:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
 
     Args:
         sampler: Draws samples of the T diagonal blocks' traces on one batch.
-        batches: Gives the same batches on every call.
+        batches: Gives the same batches on every call; of several processes each its own, every
+            `ranks.size`-th from number `ranks.rank`.
         names: The T parameter tensors.
         num_examples: N, the examples in all batches together.
         population: The examples that they stand for; N by default.
         num_probes: m, fresh probes per batch in each pass.
         stop: The stopping rule.
-        generator: Source of all randomness.
+        generator: Source of all randomness; with several processes another for each.
         exact: Whether the samples have no error: one pass is then all.
         on_pass: Told the number of passes done and the estimate so far.
+        ranks: The processes that share the batches; all get the same estimate.
 
     Raises:
         NumericsError: If a sample is not finite.
@@ -232,17 +236,24 @@ def estimate_trace(
     running = StratifiedMean(exact)
     begin = time.monotonic()
     passes = 0
-    while True:
-        for number, (X, y) in enumerate(batches()):
+
+    def drawn() -> Iterator[tuple[int, float, Tensor]]:
+        for index, (X, y) in enumerate(batches()):
+            number = ranks.rank + index * ranks.size
             samples = sampler(Batch(number, X, y), num_probes, generator)
             samples = torch.cat([samples.sum(-1, keepdim=True, dtype=torch.float64), samples], -1)
-            running.add(number, len(X) / num_examples, samples)
+            yield number, len(X) / num_examples, samples.cpu()
+
+    while True:
+        for number, share, samples in ranks.each(drawn()):
+            running.add(number, share, samples)
         passes += 1
         total, *parts = running.means()
         if not abs(total.value) < float("inf"):
             raise NumericsError(f"the trace estimate is {total.value} after {passes} passes")
         if on_pass is not None:
             on_pass(passes, total)
-        if exact or stop.reached(total, passes, time.monotonic() - begin):
+        enough = exact or stop.reached(total, passes, time.monotonic() - begin)
+        if ranks.from_first(enough):  # their clocks differ
             subset = running.subset_stderr(population or num_examples, num_examples)
             return TraceEstimate(total, dict(zip(names, parts, strict=True)), passes, subset)

@@ -32,8 +32,14 @@ class Split(Protocol):
         """The split of the examples at `indices`, in that order."""
         ...
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in order; the last may be smaller."""
+    def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
+        """Inputs and labels, batch by batch, in order; the last may be smaller.
+
+        Args:
+            batch_size: Examples in a batch.
+            first: The number of the first batch given.
+            stride: Each stride-th batch from there is given, the others are not read.
+        """
         ...
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
@@ -65,9 +71,9 @@ class TensorSplit:
         indices = indices.to(self.labels.device)
         return TensorSplit(self.inputs[indices], self.labels[indices], self.preprocess, self.dtype)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and labels, batch by batch, in order."""
-        return self.parts(torch.arange(len(self)).split(batch_size))
+        return self.parts(torch.arange(len(self)).split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
         """Inputs and labels of the examples at each of the given indices."""
@@ -108,9 +114,9 @@ class DatasetSplit:
             self.device, self.num_workers, self.dtype,
         )  # fmt: skip
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and labels, batch by batch, in order."""
-        return self.parts(torch.arange(len(self)).split(batch_size))
+        return self.parts(torch.arange(len(self)).split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
         """Inputs and labels of the examples at each of the given indices, read ahead by workers."""
