@@ -85,6 +85,15 @@ class Stepper:
     generators: Callable[[str, int], Generator]
     scaler: GradScaler
 
+    def __post_init__(self) -> None:
+        model = self.objective.model
+        self._model = torch.compile(model, dynamic=False) if self.config.compile else model
+
+    @property
+    def order(self) -> int:
+        """The highest derivative taken through the ordinary forward pass."""
+        return max([1, *(regularizer.order for regularizer in self.regularizers)])
+
     def step(
         self, examples: Sequence[Examples], index: int, progress: float, lr: float, sums: Sums
     ) -> None:
@@ -137,13 +146,11 @@ class Stepper:
         return _Prepared(X, y, targets, part, generator, shared.get_state())
 
     def _forward(self, batch: _Prepared, index: int, progress: float) -> Step:
-        order = max([1, *(r.order for r in self.regularizers)])
-        model = self.objective.model
-        if order > 1:
-            with differentiable_ops(order=order):
-                logits = model(batch.X)
+        if self.order > 1:
+            with differentiable_ops(order=self.order):
+                logits = self.objective.model(batch.X)
         else:
-            logits = model(batch.X)
+            logits = self._model(batch.X)
         loss = self.objective.loss_func(logits, batch.targets)
         return Step(
             self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,

@@ -189,9 +189,16 @@ class Run:
     def _check_parts(self) -> None:
         whole = [type(r).__name__ for r in self.regularizers if not r.splits]
         if whole and (self.ranks.size > 1 or self.config.accumulate > 1):
+            compiled = " (compiled)" if self.config.compile else ""
             raise ConfigError(
-                f"--reg {whole[0]} needs the gradient of the whole batch: it cannot be combined "
-                "with --accumulate or several processes"
+                f"--reg {whole[0]}{compiled} needs the gradient of the whole batch: it cannot be "
+                "combined with --accumulate or several processes"
+            )
+        twice = [type(r).__name__ for r in self.regularizers if r.order > 1]
+        if twice and self.config.compile:
+            raise ConfigError(
+                f"--reg {twice[0]} takes second derivatives through the ordinary forward pass, "
+                "which PyTorch cannot compile: leave out --compile"
             )
 
     @functools.cached_property

@@ -230,3 +230,49 @@ def test_memory_does_not_grow(tmp_path, curvature):
     assert run.step == 500
     assert len(counts) == 5
     assert max(counts) - min(counts) <= 5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reg": "trace=0.1"},
+        {"reg": "trace=0.1", "dropout_scheme": "entry", "model_arg": {"norm": "none"}},
+        {"reg": "trace=0.001", "curvature": "hessian"},
+    ],
+)
+def test_the_function_that_is_compiled_gives_the_same_gradient(tmp_path, monkeypatch, settings):
+    """Without the compiler, which the slow test below has: the same draws, the same derivative."""
+    full = gradient_of_one_step(tmp_path / "a", **settings)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    other = gradient_of_one_step(tmp_path / "b", compile=True, **settings)
+    torch.testing.assert_close(other, full, rtol=1e-3, atol=1e-4 * full.abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reg": "none"},
+        {"reg": "trace=0.1"},
+        {"reg": "trace=0.1", "precision": "bf16"},
+        {"reg": "trace=0.001", "curvature": "hessian"},
+    ],
+)
+def test_compiled_gives_the_same_gradient(tmp_path, settings):
+    full = gradient_of_one_step(tmp_path / "a", **{**settings, "precision": "float32"})
+    compiled = gradient_of_one_step(tmp_path / "b", compile=True, **settings)
+    tolerance = 0.1 if "precision" in settings else 1e-3
+    assert (compiled - full).norm() < tolerance * full.norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reg": "jacobian"}, "JacobianPenalty takes second derivatives"),
+        ({"reg": "grad-norm=0.1"}, "GradientNorm takes second derivatives"),
+        ({"reg": "trace", "accumulate": 2}, "compiled"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_by_name(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make_run(tmp_path / "a", compile=True, **settings)

@@ -152,6 +152,10 @@ class TrainConfig(DataConfig):
         "float32", "of the forward pass in training; weights stay in float32", panel="Machine",
         choices=("float32", "bf16", "fp16"),
     )  # fmt: skip
+    compile: bool = option(
+        False, "compile the model and the trace penalty (takes a minute at the start)",
+        panel="Machine",
+    )  # fmt: skip
     channels_last: bool = option(
         False, "memory layout of images that GPUs are fastest with", panel="Machine"
     )

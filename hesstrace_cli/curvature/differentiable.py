@@ -10,7 +10,6 @@ it calls a module or a function. Values agree with the fused kernels to rounding
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +54,7 @@ def batch_norm(
     """Batch norm from primitives; the running statistics are left as they are."""
     if training or running_mean is None or running_var is None:
         dims = [0, *range(2, input.dim())]
-        if math.prod(input.shape[d] for d in dims) == 1:
+        if input.numel() == input.shape[1]:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
                 f"got input size {tuple(input.shape)}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.probes import Params
@@ -96,6 +96,23 @@ def trace_sample_of_parts(local: Params, whole: Params, keep: Params, num_exampl
     value = torch.stack([(scaled[n] * whole[n]).sum() for n in keep]).sum() / num_examples
     slope = torch.stack([(scaled[n] * local[n]).sum() for n in keep]).sum() * 2 / num_examples
     return value + slope - slope.detach()
+
+
+def trace_sample_at(
+    logits_of: Callable[[Params], Tensor], params: Params, signs: Tensor, keep: Params
+) -> dict[str, Tensor]:
+    """`trace_sample` as a function of the parameters, which `torch.compile` takes as a whole.
+
+    Args:
+        logits_of: The logits, shape (N, C), as a function of the parameters; it must run its
+            model inside `differentiable_ops`.
+        params: The parameters w by name.
+        signs: e, shape (N, C), independent signs.
+        keep: The factors s.
+    """
+    logits, pull = vjp(logits_of, params)  # type: ignore[misc]
+    (grads,) = pull(softmax_root(logits, signs))
+    return traces_of({name: grads[name] for name in keep}, keep, len(signs))
 
 
 def ggn_vp(

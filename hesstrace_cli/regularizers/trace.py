@@ -11,14 +11,21 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.ggn import root_gradient, trace_sample_of_parts, traces_of
+from hesstrace_cli.curvature.ggn import (
+    root_gradient,
+    trace_sample_at,
+    trace_sample_of_parts,
+    traces_of,
+)
 from hesstrace_cli.curvature.graph import check_graph
 from hesstrace_cli.curvature.hessian import Mode, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
@@ -65,12 +72,15 @@ class TracePenalty(Regularizer):
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         super().__init__(strength, config)
-        self.order = 2 if config.curvature == "ggn" else 1
+        # Compiled, the penalty takes a forward pass of its own.
+        self.order = 2 if config.curvature == "ggn" and not config.compile else 1
+        self.splits = self.order == 2 or config.curvature == "hessian"
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
             self.scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
         self._mode: Mode = "forward"
         self._graph_checked = False
+        self._compiled: Callable[..., Tensor] | None = None
 
     def weight(self, progress: float) -> float:
         """Lambda after this share of the run."""
@@ -92,7 +102,10 @@ class TracePenalty(Regularizer):
             return None
         of_g = self.config.curvature == "ggn"
         try:
-            samples = self._ggn_samples(step) if of_g else self._hessian_samples(step)
+            if self.config.compile:
+                samples = self._compiled_samples(step)
+            else:
+                samples = self._ggn_samples(step) if of_g else self._hessian_samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
@@ -128,6 +141,31 @@ class TracePenalty(Regularizer):
                 samples.append(trace_sample_of_parts(local, whole, keep, size))
         return samples
 
+    def _compiled_samples(self, step: Step) -> list[Tensor]:
+        """The sample as one compiled function; what is dropped is multiplied by 0 there."""
+        params, generator = step.objective.params, step.shared_generator()
+        drawn = []
+        for _ in range(self.config.num_probes):
+            settings: dict[str, Any] = {
+                "scheme": self.scheme, "keep_prob": self.config.keep_prob, "generator": generator
+            }  # fmt: skip
+            if self.config.curvature == "ggn":
+                keep = draw_keep(params, **settings)
+                zero = step.logits.new_zeros(())
+                factors = {name: keep.get(name, zero) for name in params}
+                drawn.append((rademacher(step.logits, generator=generator), factors))
+            else:
+                probe = draw_probe(params, **settings)
+                drawn.append((step.targets, {n: probe.get(n, torch.zeros_like(p))
+                                             for n, p in params.items()}))  # fmt: skip
+        if not self._graph_checked:  # by the same function, before it is compiled
+            check_graph(_sample(step.objective, self.config.curvature, params, step.X, *drawn[0]))
+            self._graph_checked = True
+        if self._compiled is None:
+            sample = partial(_sample, step.objective, self.config.curvature)
+            self._compiled = torch.compile(sample, dynamic=False)
+        return [self._compiled(params, step.X, *each) for each in drawn]
+
     def _hessian_samples(self, step: Step) -> list[Tensor]:
         generator = step.shared_generator()
         return [self._hessian_sample(step, generator) for _ in range(self.config.num_probes)]
@@ -156,3 +194,16 @@ class TracePenalty(Regularizer):
                 # An operation without a forward derivative; reverse mode may still have all three.
                 self._mode = "reverse"
         return form("reverse")
+
+
+def _sample(
+    objective: Objective, curvature: str, params: Params, X: Tensor, given: Tensor, parts: Params
+) -> Tensor:
+    """One sample as a function of its arguments.
+
+    For G these are signs and factors, for H targets and the probe.
+    """
+    if curvature == "ggn":
+        traces = trace_sample_at(lambda p: objective.logits(p, X), params, given, parts)
+        return torch.stack(list(traces.values())).sum()
+    return quadratic_form(lambda p: objective.loss(p, X, given), params, parts)
