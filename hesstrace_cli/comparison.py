@@ -47,7 +47,10 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     def files(name: str) -> list[Path]:
         found = sorted(folder.glob(f"**/{name}"))
-        return [file for file in found if names is None or file.parent.name in names]
+        if names is None:
+            return found
+        kept = [file for file in found if file.parent.name in names]
+        return sorted(kept, key=lambda file: names.index(file.parent.name))
 
     finished = [
         {**summary, "folder": str(file.parent)}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_COLOURS, _MOST_INSIDE = 10, 5
+_MARKERS, _LINES, _HATCHES = "o^s", ("-", "--", ":"), ("", "///", "...")
 _BAR, _BAR_HEIGHT, _MOST_BARS = "#4477aa", 0.22, 60
 Record = Mapping[str, Any]
 
@@ -100,9 +102,10 @@ def plot_accuracy(summaries: Sequence[Record]) -> Figure:
     """Test accuracy against the trace, a point a run, a colour a regularizer."""
     summaries = [s for s in summaries if s["trace"]["trace"] is not None]
     figure, axes = _figure(6.4, 4.4)
-    for name, own in _by_row(summaries).items():
+    for number, (name, own) in enumerate(_by_row(summaries).items()):
         axes.scatter([s["trace"]["trace"] for s in own], [s["test_accuracy"] for s in own],
-                     s=26, alpha=0.8, label=name)  # fmt: skip
+                     s=26, alpha=0.8, label=name, color=f"C{number % _COLOURS}",
+                     marker=_MARKERS[number // _COLOURS % len(_MARKERS)])  # fmt: skip
     if all(s["trace"]["trace"] > 0 for s in summaries):
         axes.set_xscale("log")
     axes.set(xlabel="tr(H), training data, eval mode", ylabel="test accuracy")
@@ -117,14 +120,21 @@ def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
     if not layers or any(names != layers[0] for names in layers) or len(layers[0]) > _MOST_BARS:
         return None
     names = layers[0]
-    figure, axes = _figure(7.0, 1.0 + _BAR_HEIGHT * len(names) * max(1.0, 0.6 * len(rows)))
+    figure, axes = _figure(7.0, 1.0 + _BAR_HEIGHT * len(names) * max(1.0, 0.35 * len(rows)))
     height = 0.8 / len(rows)
     for number, (row, own) in enumerate(rows.items()):
         means = [
             sum(s["trace"]["per_layer"][i]["trace"] for s in own) / len(own)
             for i in range(len(names))
         ]
-        axes.barh([i + number * height for i in range(len(names))], means, height, label=row)
+        axes.barh(
+            [i + number * height for i in range(len(names))],
+            means,
+            height,
+            label=row,
+            color=f"C{number % _COLOURS}",
+            hatch=_HATCHES[number // _COLOURS % 3],
+        )
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("tr(H) of the block, mean over seeds")
@@ -136,20 +146,26 @@ def plot_curves(summaries: Sequence[Record]) -> Figure:
     """Training loss and validation accuracy by epoch: means, with the range over the seeds."""
     figure, left = _figure(10.0, 3.8, (1, 2, 1))
     right = figure.add_subplot(1, 2, 2)
-    for name, own in _by_row(summaries).items():
+    for number, (name, own) in enumerate(_by_row(summaries).items()):
+        look: dict[str, Any] = {
+            "color": f"C{number % _COLOURS}",
+            "linestyle": _LINES[number // _COLOURS % 3],
+        }
         for axes, key in ((left, "train_loss"), (right, "val_accuracy")):
             curves = [c for c in (_curve(s["folder"], key) for s in own) if c]
             if not curves:
                 continue
             epochs = range(1, 1 + min(map(len, curves)))
             columns = list(zip(*(c[: len(epochs)] for c in curves), strict=True))
-            (line,) = axes.plot(epochs, [sum(c) / len(c) for c in columns], label=name, lw=1.3)
+            (line,) = axes.plot(
+                epochs, [sum(c) / len(c) for c in columns], label=name, lw=1.3, **look
+            )
             axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns],
                               color=line.get_color(), alpha=0.18, linewidth=0)  # fmt: skip
     left.set(xlabel="epoch", ylabel="training loss, penalties left out", yscale="log")
     right.set(xlabel="epoch", ylabel="validation accuracy")
-    finish(left)
-    right.grid(visible=True, linewidth=0.4, alpha=0.5)
+    left.grid(visible=True, linewidth=0.4, alpha=0.5)
+    finish(right)
     figure.tight_layout()
     return figure
 
@@ -174,7 +190,10 @@ def _curve(folder: str, key: str) -> list[float]:
 def finish(axes: Axes) -> None:
     """Add a grid, and a legend where there is something to name."""
     axes.grid(visible=True, linewidth=0.4, alpha=0.5)
-    if axes.get_legend_handles_labels()[0]:
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > _MOST_INSIDE:  # beside the axes, where it hides nothing
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    elif names:
         axes.legend(fontsize=8)
 
 

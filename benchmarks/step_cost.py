@@ -1,0 +1,225 @@
+"""Time, memory and noise of a penalised training step, over the plain step of the same network.
+
+    python benchmarks/step_cost.py                       # ResNet-18, batch 8: minutes on a CPU
+    python benchmarks/step_cost.py --model small-cnn --image 8 --channels 1 --batch-size 64
+    python benchmarks/step_cost.py --grid --batch-size 128 --rounds 20      # a GPU: everything
+
+Steps are those of `hesstrace train` at full strength, on made images; all rows are timed in turn,
+in one run, so that a busy machine slows them alike. Memory is the peak of a step, weights and
+momentum included. The variance is that of the penalty's gradient over `--draws` draws on one batch,
+in units of its squared mean; the last column multiplies it with the extra time of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.curvature.graph import gradient, inner
+from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.regularizers import Regularizer, Step, Term
+from hesstrace_cli.reporting.tables import markdown_table
+from hesstrace_cli.training import Run
+
+TRACE: dict[str, Any] = {"reg": ["trace=0.001"], "warmup": 0.0}
+ALL = {**TRACE, "estimator": "hutchinson"}
+G, H = {"curvature": "ggn"}, {"curvature": "hessian"}
+
+
+class TripleReverse(Regularizer):
+    """The penalty as most scripts would write it: reverse mode three times."""
+
+    order = 3
+
+    def term(self, step: Step) -> Term:
+        """v^T H v, differentiated by two more backward passes."""
+        params = step.objective.params
+        v = {n: rademacher(p, generator=step.generator) for n, p in params.items()}
+        grad = gradient(step.loss, params, create_graph=True)
+        product = gradient(inner(grad, v), params, create_graph=True)
+        return Term(self.strength, inner(product, v))
+
+
+def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
+    """One factor varied at a time."""
+    rows: dict[str, dict[str, Any]] = {"none": {"reg": ["none"]}}
+    for name, matrix in (("G", G), ("H", H)):
+        rows[f"{name}, all tensors"] = {**ALL, **matrix}
+        for keep_prob in (0.5, 0.3, 0.1):
+            rows[f"{name}, tensors kept with {keep_prob}"] = {
+                **TRACE, **matrix, "keep_prob": keep_prob
+            }  # fmt: skip
+        rows[f"{name}, entries kept with 0.3"] = {
+            **TRACE, **matrix, "keep_prob": 0.3, "dropout_scheme": "entry"
+        }  # fmt: skip
+        rows[f"{name}, all tensors, every 10th step"] = {**ALL, **matrix, "every": 10}
+        rows[f"{name}, all tensors, bf16"] = {**ALL, **matrix, "precision": "bf16"}
+    rows["none, bf16"] = {"reg": ["none"], "precision": "bf16"}
+    rows["SAM"] = {"reg": ["sam=0.05"]}
+    rows["H, reverse mode three times"] = {"reg": [f"{__file__}:TripleReverse=0.001"]}
+    return rows
+
+
+def rows_compiled() -> dict[str, dict[str, Any]]:
+    """Those that can be compiled."""
+    return {
+        "none, compiled": {"reg": ["none"], "compile": True},
+        "G, all tensors, compiled": {**ALL, **G, "compile": True},
+        "H, all tensors, compiled": {**ALL, **H, "compile": True},
+    }
+
+
+def rows_of_grid() -> dict[str, dict[str, Any]]:
+    """Every engine, scheme, keep-probability, interval and precision."""
+    rows = rows_on_a_cpu()
+    for matrix, scheme, q, every, precision in itertools.product(
+        ("ggn", "hessian"), ("tensor", "entry"), (1.0, 0.3, 0.1), (1, 10), ("float32", "bf16")
+    ):
+        rows[f"{matrix} {scheme} q={q} every={every} {precision}"] = {
+            **TRACE, "curvature": matrix, "dropout_scheme": scheme, "keep_prob": q,
+            "every": every, "precision": precision,
+        }  # fmt: skip
+    return rows
+
+
+def made_images(folder: Path, arguments: argparse.Namespace) -> str:
+    generator = np.random.default_rng(0)
+    count = 2 * arguments.batch_size + 20
+    shape = (count, arguments.channels, arguments.image, arguments.image)
+    X = generator.standard_normal(shape).astype(np.float32)
+    y = np.arange(count) % 10
+    file = folder / "images.npz"
+    np.savez(file, x_train=X, y_train=y, x_test=X[:20], y_test=y[:20])
+    return str(file)
+
+
+def peak_bytes(run: Run) -> float:
+    """The most that one step holds at a time, with weights, gradients and momentum."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run.seconds_of_steps(0)
+        return float(torch.cuda.max_memory_allocated())
+    kept = 3 * sum(p.nbytes for p in run.model.parameters())
+    run.optimizer.zero_grad()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run.seconds_of_steps(0)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = itertools.accumulate(e.nbytes() for e in events)
+    return kept + max(held, default=0)
+
+
+def variance(run: Run, draws: int) -> float | None:
+    """sum Var(g) / ||E g||^2 of the penalty's gradient g over the draws, unbiased."""
+    if not run.regularizers or "trace" not in run.row or draws < 2:
+        return None
+    (penalty,) = run.regularizers
+    X, y = next(run.data.train.batches(run.config.batch_size))
+    samples: list[Tensor] = []
+    (part,) = run._parts(len(X))
+    for index in range(draws):
+        number = index * run.config.every
+        batch = run.stepper._transformed(X, y, part, number, 0)
+        step = run.stepper._forward(batch, number, 0.9)
+        term = penalty.term(step)
+        assert term is not None
+        grads = gradient(term.value, step.objective.params)
+        samples.append(torch.cat([g.flatten() for g in grads.values()]).cpu())
+    stacked = torch.stack(samples)
+    mean = stacked.mean(0)
+    spread = (stacked - mean).double().square().sum().item() / (draws - 1)
+    square = mean.double().square().sum().item() - spread / draws
+    return spread / square if square > 0 else float("inf")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--image", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--compile", action="store_true", help="the compiled rows too")
+    parser.add_argument("--grid", action="store_true", help="every combination")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = rows_of_grid() if arguments.grid else rows_on_a_cpu()
+    if arguments.compile or arguments.grid:
+        rows |= rows_compiled()
+    rows = {name: row for name, row in rows.items() if arguments.only in name}
+    with tempfile.TemporaryDirectory() as folder:
+        base = TrainConfig(
+            model=arguments.model, dataset=made_images(Path(folder), arguments), epochs=100,
+            batch_size=arguments.batch_size, device=arguments.device, lr=1e-4, val_fraction=0.0,
+        )  # fmt: skip
+        print(table(rows, base, Path(folder), arguments))
+
+
+def table(
+    rows: dict[str, dict[str, Any]], base: TrainConfig, folder: Path, arguments: argparse.Namespace
+) -> str:
+    """A row at a time is measured between two measurements of the plain step."""
+    plain = Run(dataclasses.replace(base, reg=["none"], out=str(folder / "plain")))
+    memory = peak_bytes(plain)
+    lines = []
+    for number, (name, settings) in enumerate(rows.items()):
+        config = dataclasses.replace(base, **settings, out=str(folder / str(number)))
+        try:
+            run = Run(config)
+            steps = config.every
+            full = (
+                run
+                if steps == 1
+                else Run(dataclasses.replace(config, every=1, out=f"{config.out}-full"))
+            )
+            own_memory = peak_bytes(full) / memory
+            ratios = []
+            for _ in range(arguments.rounds):
+                before = plain.seconds_of_steps(2) / 2
+                own = run.seconds_of_steps(steps) / steps
+                after = plain.seconds_of_steps(2) / 2
+                ratios.append(own / ((before + after) / 2))
+            noise = variance(run, arguments.draws) if steps == 1 else None
+        except HesstraceError as problem:
+            lines.append([name, "-", "-", "-", str(problem)[:60]])
+            continue
+        ratio = statistics.median(ratios)
+        cost = None if noise is None else noise * (ratio - 1)
+        lines.append([name, f"{ratio:.2f}", f"{own_memory:.2f}",
+                      "" if noise is None else f"{noise:.3g}",
+                      "" if cost is None else f"{cost:.3g}"])  # fmt: skip
+        print("|", " | ".join(lines[-1]), "|", flush=True)
+        del run
+    size = sum(p.numel() for p in plain.model.parameters())
+    device = torch.cuda.get_device_name() if plain.device.type == "cuda" else "cpu"
+    seconds = plain.seconds_of_steps(3) / 3
+    head = ("step", "time", "memory", "relative variance", "variance x extra time")
+    return (
+        f"\n{base.model}, {size} parameters, batch {base.batch_size}, {device}, torch "
+        f"{torch.__version__}, plain step {seconds:.3f} s, {time.strftime('%Y-%m-%d')}\n\n"
+        + markdown_table(head, lines)
+    )
+
+
+if __name__ == "__main__":
+    main()
