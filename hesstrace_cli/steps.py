@@ -146,16 +146,23 @@ class Stepper:
         return _Prepared(X, y, targets, part, generator, shared.get_state())
 
     def _forward(self, batch: _Prepared, index: int, progress: float) -> Step:
-        if self.order > 1:
-            with differentiable_ops(order=self.order):
-                logits = self.objective.model(batch.X)
-        else:
-            logits = self._model(batch.X)
-        loss = self.objective.loss_func(logits, batch.targets)
+        with torch.set_grad_enabled(not self._is_given(index, progress)):
+            if self.order > 1:
+                with differentiable_ops(order=self.order):
+                    logits = self.objective.model(batch.X)
+            else:
+                logits = self._model(batch.X)
+            loss = self.objective.loss_func(logits, batch.targets)
         return Step(
             self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,
             batch.generator, batch.state,
         )  # fmt: skip
+
+    def _is_given(self, index: int, progress: float) -> bool:
+        """Whether one regularizer gives the plain loss and no other has a term."""
+        givers = [r for r in self.regularizers if r.gives_loss(index, progress)]
+        with_term = [r for r in self.regularizers if type(r).term is not Regularizer.term]
+        return len(givers) == 1 and with_term == givers
 
     def _gather(
         self, prepared: Sequence[_Prepared], index: int, progress: float
@@ -195,6 +202,8 @@ class Stepper:
             if term.replaces:
                 plain = term.value
                 continue
+            if term.plain is not None and not plain.requires_grad:
+                plain = term.plain
             weight = share if term.is_mean else 1.0
             total = total + term.weight * weight * term.value
             if isinstance(regularizer, TracePenalty):

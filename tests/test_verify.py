@@ -170,7 +170,7 @@ def test_no_clean_model_is_accused(model, flags, seed, tmp_path):
         time, memory = map(float, re.findall(r"([\d.]+) times", detail))
         assert time > 0
         assert memory > 1  # the penalty's graph comes on top
-    assert sum(verdict == "right" for verdict, _ in rows.values()) == 14
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 18
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_the_engine_makes_right_is_replaced(model, operation, tmp_path):
     assert code == 0
     replaced = [check for check, (verdict, _) in rows.items() if verdict == "replaced"]
     assert operation is None or any(operation in check for check in replaced)
-    assert sum(verdict == "right" for verdict, _ in rows.values()) == 14
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 18
 
 
 @pytest.mark.parametrize(

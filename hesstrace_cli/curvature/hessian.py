@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.func import jvp
 
 from hesstrace_cli.curvature.graph import check_graph, gradient, inner
 from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.curvature.taylor import Jet
 
 ScalarFunc = Callable[[Params], Tensor]
-Mode = Literal["forward", "reverse"]
+Mode = Literal["taylor", "forward", "reverse"]
 
 
 def hvp(
@@ -41,16 +43,17 @@ def quadratic_form(
 ) -> Tensor:
     """The scalar v^T H v, to be differentiated once more in the parameters.
 
-    In forward mode it is the second derivative of the loss along v, two nested
-    Jacobian-vector products: one pass forward, and one backward for its gradient. In reverse
-    mode it is <H v, v>, which costs two backward passes more, and works for operations
-    that have no forward derivative.
+    It is the second derivative of the loss along v. In Taylor mode that is carried through one
+    forward pass (`curvature.taylor`); in forward mode it is two nested Jacobian-vector products,
+    which cost more and need nothing known of the operations; its gradient takes one backward pass
+    in both. In reverse mode it is <H v, v>, which costs two backward passes more, and works for
+    operations that have no forward derivative.
 
     Args:
         loss: A function of the parameters, as a dict like `params`, to a scalar.
         params: The parameters w; they need a gradient if the result is to be differentiated.
-        probe: v, by name; tensors left out are dropped and cost no derivative in forward mode.
-        mode: "forward" or "reverse".
+        probe: v, by name; tensors left out are dropped and cost no derivative but in reverse mode.
+        mode: "taylor", "forward" or "reverse".
 
     Returns:
         v^T H v, a 0-dim tensor with a graph to all of `params`, dropped ones included.
@@ -60,6 +63,8 @@ def quadratic_form(
         product = hvp(grad, params, probe, create_graph=True)
         check_graph(*grad.values(), *product.values())
         return inner(product, probe)
+    if mode == "taylor":
+        return loss_and_form(loss, params, probe)[1]
     kept = {name: params[name] for name in probe}
 
     def of_kept(parts: Any) -> Tensor:
@@ -69,3 +74,19 @@ def quadratic_form(
         return jvp(of_kept, (parts,), (dict(probe),))[1]
 
     return jvp(slope, (kept,), (dict(probe),))[1]
+
+
+def loss_and_form(loss: ScalarFunc, params: Params, probe: Params) -> tuple[Tensor, Tensor]:
+    """The loss and v^T H v by one pass of Taylor propagation, both with their graphs.
+
+    The arguments are those of `quadratic_form`.
+
+    Raises:
+        NotImplementedError: If an operation has no rule, as most in-place ones.
+    """
+    moving = {name: Jet(params[name], v, None) for name, v in probe.items()}
+    found = loss({**params, **moving})
+    if not isinstance(found, Jet):  # it does not depend on what is kept
+        return found, torch.zeros_like(found)
+    value, _, second = found.parts
+    return value, torch.zeros_like(value) if second is None else second

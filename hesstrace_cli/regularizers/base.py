@@ -90,12 +90,14 @@ class Term:
         value: What is weighted, 0-dim, with a graph to the parameters.
         replaces: Whether it stands in the place of the plain loss, rather than beside it.
         is_mean: Whether it is a mean over the examples; else it is of the whole batch already.
+        plain: The plain loss with a graph, where the term's own pass gave it on the way.
     """
 
     weight: float
     value: Tensor
     replaces: bool = False
     is_mean: bool = True
+    plain: Tensor | None = None
 
 
 class Regularizer:
@@ -130,6 +132,10 @@ class Regularizer:
     def gather(self, step: Step) -> list[Tensor]:
         """What must be summed over all parts of the batch before `term`; nothing for means."""
         return []
+
+    def gives_loss(self, index: int, progress: float) -> bool:
+        """Whether its term in this step has the plain loss, so that no other needs a graph."""
+        return False
 
     def term(self, step: Step) -> Term | None:
         """The term that this step's loss gets; None for none."""

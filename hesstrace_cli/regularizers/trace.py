@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.ggn import (
@@ -27,7 +27,7 @@ from hesstrace_cli.curvature.ggn import (
     traces_of,
 )
 from hesstrace_cli.curvature.graph import check_graph
-from hesstrace_cli.curvature.hessian import Mode, quadratic_form
+from hesstrace_cli.curvature.hessian import Mode, loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
 from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
@@ -78,7 +78,7 @@ class TracePenalty(Regularizer):
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
             self.scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
-        self._mode: Mode = "forward"
+        self._mode: Mode = "taylor"
         self._graph_checked = False
         self._compiled: Callable[..., Tensor] | None = None
 
@@ -87,25 +87,27 @@ class TracePenalty(Regularizer):
         warmup = self.config.warmup
         return self.strength * (min(1.0, progress / warmup) if warmup > 0 else 1.0)
 
-    def _is_active(self, step: Step) -> bool:
-        return self.weight(step.progress) > 0 and step.index % self.config.every == 0
+    def _is_active(self, index: int, progress: float) -> bool:
+        return self.weight(progress) > 0 and index % self.config.every == 0
 
     def gather(self, step: Step) -> list[Tensor]:
         """For tr(G), which is not additive: each probe's sum over the examples."""
-        if self.config.curvature != "ggn" or not self._is_active(step):
+        if self.config.curvature != "ggn" or not self._is_active(step.index, step.progress):
             return []
         return [g for _, grads in self._root_gradients(step) for g in grads.values()]
 
     def term(self, step: Step) -> Term | None:
         """The unbiased sample of the trace, averaged over the probes."""
-        if not self._is_active(step):
+        if not self._is_active(step.index, step.progress):
             return None
-        of_g = self.config.curvature == "ggn"
+        of_g, plain = self.config.curvature == "ggn", None
         try:
             if self.config.compile:
                 samples = self._compiled_samples(step)
             else:
-                samples = self._ggn_samples(step) if of_g else self._hessian_samples(step)
+                samples = self._ggn_samples(step) if of_g else []
+                if not of_g:
+                    samples, plain = self._hessian_samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
@@ -113,7 +115,12 @@ class TracePenalty(Regularizer):
         except (RuntimeError, NotImplementedError) as problem:
             raise refuse(problem, step.objective, step.X) from problem
         is_mean = not of_g or step.gathered is None
-        return Term(self.weight(step.progress), value, is_mean=is_mean)
+        return Term(self.weight(step.progress), value, is_mean=is_mean, plain=plain)
+
+    def gives_loss(self, index: int, progress: float) -> bool:
+        """For tr(H) by Taylor propagation."""
+        by_taylor = self.config.curvature == "hessian" and self._mode == "taylor"
+        return by_taylor and not self.config.compile and self._is_active(index, progress)
 
     def _root_gradients(self, step: Step) -> Iterator[tuple[Params, dict[str, Tensor]]]:
         """For every probe what is kept, and sum_i J_i^T B_i e_i over this part's examples."""
@@ -166,34 +173,36 @@ class TracePenalty(Regularizer):
             self._compiled = torch.compile(sample, dynamic=False)
         return [self._compiled(params, step.X, *each) for each in drawn]
 
-    def _hessian_samples(self, step: Step) -> list[Tensor]:
-        generator = step.shared_generator()
-        return [self._hessian_sample(step, generator) for _ in range(self.config.num_probes)]
+    def _hessian_samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
+        """v^T H v for each probe, and the plain loss where a pass gave it on the way."""
+        objective, generator = step.objective, step.shared_generator()
+        probes = [
+            draw_probe(objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
+                       generator=generator)
+            for _ in range(self.config.num_probes)
+        ]  # fmt: skip
 
-    def _hessian_sample(self, step: Step, generator: Generator) -> Tensor:
-        objective = step.objective
-        probe = draw_probe(
-            objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
-            generator=generator,
-        )  # fmt: skip
+        def loss(params: Params) -> Tensor:
+            return objective.loss(params, step.X, step.targets)
 
-        def form(mode: Mode) -> Tensor:
-            return quadratic_form(
-                lambda p: objective.loss(p, step.X, step.targets),
-                objective.params,
-                probe,
-                mode=mode,
-            )
-
-        if self._mode == "forward":
+        while True:
             try:
-                return form("forward")
+                if self._mode == "taylor":
+                    pairs = [loss_and_form(loss, objective.params, v) for v in probes]
+                    return [form for _, form in pairs], pairs[0][0]
+                forms = [quadratic_form(loss, objective.params, v, mode=self._mode) for v in probes]
+                return forms, None if step.loss.requires_grad else loss(objective.params)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError):
-                # An operation without a forward derivative; reverse mode may still have all three.
-                self._mode = "reverse"
-        return form("reverse")
+            except Exception as problem:
+                # An operation without a rule, or without a forward derivative: the next mode may
+                # still have all three, and says what is wrong where it has not.
+                if self._mode == "reverse" or not isinstance(problem, _NO_DERIVATIVE):
+                    raise
+                self._mode = "forward" if self._mode == "taylor" else "reverse"
+
+
+_NO_DERIVATIVE = (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError)
 
 
 def _sample(
@@ -206,4 +215,4 @@ def _sample(
     if curvature == "ggn":
         traces = trace_sample_at(lambda p: objective.logits(p, X), params, given, parts)
         return torch.stack(list(traces.values())).sum()
-    return quadratic_form(lambda p: objective.loss(p, X, given), params, parts)
+    return quadratic_form(lambda p: objective.loss(p, X, given), params, parts, mode="forward")

@@ -39,7 +39,7 @@ def setup(name, train):
     return objective, X, y, w, native
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("mode", ["taylor", "forward", "reverse"])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_quadratic_form_and_its_gradient(name, train, mode):
