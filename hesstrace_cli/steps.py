@@ -22,6 +22,7 @@ from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.parallel import Ranks
 from hesstrace_cli.regularizers import Part, Regularizer, Step
 from hesstrace_cli.regularizers.trace import TracePenalty
+from hesstrace_cli.sync_norm import SyncedNorms
 
 _LEAST_SCALE = 1e-4  # of float16's loss: below it every gradient has overflowed for long
 Examples = tuple[Tensor, Tensor, Part]
@@ -75,6 +76,7 @@ class Stepper:
         ranks: The processes of the job.
         generators: Gives the generator of a stream and step: its name and a number.
         scaler: Keeps the gradients of float16 from underflowing.
+        norms: Batch norm over all processes, if asked for.
     """
 
     config: TrainConfig
@@ -84,6 +86,7 @@ class Stepper:
     ranks: Ranks
     generators: Callable[[str, int], Generator]
     scaler: GradScaler
+    norms: SyncedNorms | None = None
 
     def __post_init__(self) -> None:
         model = self.objective.model
@@ -146,6 +149,8 @@ class Stepper:
         return _Prepared(X, y, targets, part, generator, shared.get_state())
 
     def _forward(self, batch: _Prepared, index: int, progress: float) -> Step:
+        if self.norms is not None:
+            self.norms.weight = float(batch.part.share > 0)
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
                 with differentiable_ops(order=self.order):
@@ -194,23 +199,23 @@ class Stepper:
     def _add_terms(self, step: Step, sums: Sums, *, first: bool) -> Tensor:
         """This part's share of the loss with its terms."""
         share = step.part.share
-        plain, total = step.loss, torch.zeros_like(step.loss)
+        plain, total = share * step.loss, torch.zeros_like(step.loss)
         for regularizer in self.regularizers:
             term = regularizer.term(step)
             if term is None:
                 continue
             if term.replaces:
-                plain = term.value
+                plain = share * term.value
                 continue
             if term.plain is not None and not plain.requires_grad:
                 plain = term.plain
             weight = share if term.is_mean else 1.0
             total = total + term.weight * weight * term.value
             if isinstance(regularizer, TracePenalty):
-                said = share if term.is_mean else float(first and self.ranks.is_first)
+                said = weight if not term.is_whole else float(first and self.ranks.is_first)
                 sums.penalty += term.value.detach() * said
                 sums.penalty_steps += first
-        return share * plain + total
+        return plain + total
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Over the processes; a parameter without a gradient in any of them keeps none."""

@@ -39,6 +39,7 @@ from hesstrace_cli.steps import (
     set_random_state,
     split_batch,
 )
+from hesstrace_cli.sync_norm import sync_norms
 
 _MONITORED_EXAMPLES = 500
 _SUMMARY_EXAMPLES = 2000  # of the trace in the summary; more make no difference to a comparison
@@ -118,10 +119,12 @@ class Run:
         self.curvature = self._choose_curvature()
         self.regularizers = self._build_regularizers()
         self._check_parts()
+        norms = sync_norms(self.model, self.ranks) if config.sync_bn else None
         self.stepper = Stepper(
             config, self._objective(), self.regularizers, self.optimizer, self.ranks,
             generators=partial(_generator, config.seed, self.device),
             scaler=GradScaler(self.device.type, enabled=config.precision == "fp16"),
+            norms=norms,
         )  # fmt: skip
         self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
         self.sums = Sums.zero(self.device)
@@ -194,6 +197,8 @@ class Run:
                 f"--reg {whole[0]}{compiled} needs the gradient of the whole batch: it cannot be "
                 "combined with --accumulate or several processes"
             )
+        if self.config.sync_bn and (self.config.accumulate > 1 or self.config.compile):
+            raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
         twice = [type(r).__name__ for r in self.regularizers if r.order > 1]
         if twice and self.config.compile:
             raise ConfigError(

@@ -124,6 +124,26 @@ def test_two_processes_give_the_same_weights(tmp_path, penalty):
     assert again.stderr.count("nothing to do") == 1
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [["--reg", "trace=0.01"], ["--reg", "trace=0.0003", "--curvature", "hessian"]],
+)
+def test_synced_batch_norm_is_that_of_one_process(tmp_path, penalty):
+    """The last batch has 4 examples: processes 0 and 1 share them, and 2 has none."""
+    flags = ["train", "--epochs", "2", "--train-examples", "64", "--batch-size", "20",
+             "--val-fraction", "0", "--model-arg", "width=4", "--warmup", "0"]  # fmt: skip
+    flags += penalty
+    subprocess.run(
+        [sys.executable, "-m", "hesstrace_cli", *flags, "--out", str(tmp_path / "one")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    three = torchrun(3, *flags, "--out", tmp_path / "three", "--sync-bn")
+    assert three.returncode == 0, three.stderr
+    a, b = (read_checkpoint(tmp_path / n / "last.pt").state_dict for n in ("one", "three"))
+    assert any("running_var" in name for name in a)
+    assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["exact", "hutchinson", "xtrace"])
 def test_estimate_over_two_processes(tmp_path, method):
     run = train_to_end(tmp_path / "r", model_arg={"width": 4}, epochs=4)

@@ -162,6 +162,10 @@ class TrainConfig(DataConfig):
     accumulate: int = option(
         1, "rounds that a batch is split into, to save memory", panel="Machine", minimum=1
     )
+    sync_bn: bool = option(
+        False, "BatchNorm over the examples of all of torchrun's processes, not of each",
+        panel="Machine",
+    )  # fmt: skip
     monitor_trace: int = option(
         0, "estimate the trace every k epochs on 500 fixed examples", panel="Output", minimum=0
     )

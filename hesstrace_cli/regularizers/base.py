@@ -89,14 +89,18 @@ class Term:
         weight: Its strength at this step.
         value: What is weighted, 0-dim, with a graph to the parameters.
         replaces: Whether it stands in the place of the plain loss, rather than beside it.
-        is_mean: Whether it is a mean over the examples; else it is of the whole batch already.
-        plain: The plain loss with a graph, where the term's own pass gave it on the way.
+        is_mean: Whether it is a mean over this part's examples, to be weighted with its share;
+            else its gradients over the parts sum to that of the whole as they are.
+        is_whole: Whether its value is that of the whole batch, to be counted once.
+        plain: The plain loss, weighted with its share, with a graph, where the term's own pass
+            gave it on the way.
     """
 
     weight: float
     value: Tensor
     replaces: bool = False
     is_mean: bool = True
+    is_whole: bool = False
     plain: Tensor | None = None
 
 

@@ -114,8 +114,10 @@ class TracePenalty(Regularizer):
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
             raise refuse(problem, step.objective, step.X) from problem
-        is_mean = not of_g or step.gathered is None
-        return Term(self.weight(step.progress), value, is_mean=is_mean, plain=plain)
+        is_mean = self.config.compile or (of_g and step.gathered is None)
+        is_whole = of_g and not is_mean
+        weight = self.weight(step.progress)
+        return Term(weight, value, is_mean=is_mean, is_whole=is_whole, plain=plain)
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """For tr(H) by Taylor propagation."""
@@ -174,7 +176,7 @@ class TracePenalty(Regularizer):
         return [self._compiled(params, step.X, *each) for each in drawn]
 
     def _hessian_samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
-        """v^T H v for each probe, and the plain loss where a pass gave it on the way."""
+        """This part's share of v^T H v for each probe, and of the loss where a pass gave it."""
         objective, generator = step.objective, step.shared_generator()
         probes = [
             draw_probe(objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
@@ -183,7 +185,8 @@ class TracePenalty(Regularizer):
         ]  # fmt: skip
 
         def loss(params: Params) -> Tensor:
-            return objective.loss(params, step.X, step.targets)
+            # Weighted in here, as synced norms sum what is differentiated over the parts.
+            return step.part.share * objective.loss(params, step.X, step.targets)
 
         while True:
             try:
