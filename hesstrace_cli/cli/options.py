@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
@@ -57,7 +58,7 @@ def _option(item: dataclasses.Field[Any], hints: dict[str, Any]) -> inspect.Para
     repeated = kind.startswith(("list[str", "dict"))
     info = typer.Option(
         f"{flag}/--no-{key_of(item.name)}" if is_bool else flag,
-        help=meta["help"],
+        help=meta["help"] if default is None else re.sub(r" \(default: .*\)$", "", meta["help"]),
         rich_help_panel=meta["panel"],
         metavar=None if is_bool else meta["metavar"] or "|".join(meta["choices"]) or _metavar(kind),
         show_default=_shown(default),
