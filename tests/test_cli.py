@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -460,7 +461,7 @@ def test_odd_models(tmp_path):
     estimated = invoke("estimate-trace", *centred, "--rtol", "0.3")
     assert "warning" in estimated.stderr
     assert "batch statistics" in estimated.stderr
-    assert "hutchinson" in estimated.stdout
+    assert "method hutchinson" in estimated.stderr
     once = train("OnceNet")
     assert once.exit_code == 0, once.output
     assert "not known" in once.stdout
@@ -522,3 +523,25 @@ def test_strengths_keep_all_their_digits(tmp_path):
     plan = invoke("compare", *flags, "--out", tmp_path / "c", "--plan").stdout
     assert "trace=0.123456789 " in plan
     assert "trace=0.1234567 " in plan
+
+
+def test_one_bad_checkpoint_among_several_hides_no_other(checkpoint, tmp_path):
+    file = tmp_path / "t.json"
+    result = invoke("estimate-trace", checkpoint, tmp_path / "no.pt", "--json", file)
+    assert result.exit_code == 4
+    assert "last.pt" in result.stdout
+    assert "no.pt" in result.stderr
+    traces = json.loads(file.read_text())["traces"]
+    assert [t["checkpoint"] for t in traces] == [str(checkpoint)]
+
+
+def test_a_full_disk_behind_stdout_and_a_terminal_without_unicode(checkpoint):
+    command = [sys.executable, "-m", "hesstrace_cli", "estimate-trace", str(checkpoint)]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0].startswith("error: the output cannot be written")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([*command, "--per-layer"], capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert b"? stderr" in result.stdout

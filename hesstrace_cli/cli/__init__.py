@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -48,6 +50,9 @@ app.command()(verify)
 
 def main() -> None:
     """The entry point `hesstrace`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
     # PyTorch's own forward mode calls it.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,10 @@ class ErrorBoundary(TyperGroup):
             code = _report(message or "a command is missing; see --help", 2)
         except (typer.Abort, KeyboardInterrupt):
             code = _report("interrupted", 130)
+        except OSError as problem:  # a full disk behind stdout
+            if problem.errno not in (errno.ENOSPC, errno.EIO):
+                raise
+            code = _report(f"the output cannot be written: {problem.strerror}", 2)
         except Exception as problem:
             if not _is_out_of_memory(problem):
                 raise

@@ -11,6 +11,7 @@ import typer
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.config import EstimateConfig, resolve
+from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.reporting import plots, tables
 
 if TYPE_CHECKING:
@@ -35,22 +36,37 @@ def estimate_trace(
     """
     settings = resolve(EstimateConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import check_writable, write_atomically
+    from hesstrace_cli.checkpoints import check_writable
     from hesstrace_cli.estimation import estimate_checkpoint
 
     check_writable(settings.json)
     check_writable(settings.plot)
     plots.check_format(settings.plot)
     records = []
+    failed: HesstraceError | None = None
     for path in checkpoints:
-        record, warnings = estimate_checkpoint(path, settings, _on_pass(path))
+        try:
+            record, warnings = estimate_checkpoint(path, settings, _on_pass(path))
+        except HesstraceError as problem:
+            if len(checkpoints) == 1:
+                raise
+            screen.complain(f"error: {path}: {problem}")  # the others have their rows
+            failed = failed or problem
+            continue
         for warning in warnings:
             screen.say(f"warning: {path}: {warning}")
         records.append(record)
-    if screen.is_second():
-        return
-    several = {"schema": "hesstrace/traces/1", "traces": records}
-    text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
+    if records and not screen.is_second():
+        _report(records, settings, several=len(checkpoints) > 1)
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+def _report(records: list[dict[str, Any]], settings: EstimateConfig, *, several: bool) -> None:
+    from hesstrace_cli.checkpoints import write_atomically
+
+    content = {"schema": "hesstrace/traces/1", "traces": records} if several else records[0]
+    text = json.dumps(content, indent=2, allow_nan=False)
     if settings.plot is not None:
         plots.save(plots.plot_traces(records), settings.plot)
     if settings.json == "-":
