@@ -7,8 +7,11 @@ import torch
 
 from hesstrace_cli.curvature.density import spectral_density
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
+from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.stability import sentence, stability, threshold
+from tests.curvature import oracles
+from tests.curvature.test_derivatives import CASES, setup
 
 
 def generator(seed=0):
@@ -86,6 +89,31 @@ def test_density_and_its_moments():
     negative = (eigenvalues < 0).double().mean().item()
     assert density.share_below(0) == pytest.approx(negative, abs=0.03)
     assert density.quantile(0.5) == pytest.approx(eigenvalues.median().item(), abs=0.03)
+
+
+UNRELIABLE = ("weight_norm", "hardsigmoid", "attention", "transformer")  # PyTorch's dense Hessian
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in UNRELIABLE])
+def test_networks_against_their_dense_matrix(name, curvature):
+    objective, X, y, _, _ = setup(name, train=False)
+    dense = (
+        oracles.dense_hessian(objective, X, y)
+        if curvature == "hessian"
+        else oracles.dense_ggn(objective, X)
+    )
+    truth = torch.linalg.eigvalsh(dense)
+    size = truth.abs().max().item()
+    matrix = CurvatureMatrix(objective, lambda: [(X, y)], len(X), curvature)
+    krylov = Krylov(matrix, start(matrix.size))
+    found = extreme_eigenvalues(krylov, k=3, rtol=1e-7)
+    assert found.largest[0] == pytest.approx(truth[-1].item(), abs=1e-6 * size)
+    for value, residual in zip(found.largest, found.residuals, strict=True):
+        assert (truth - value).abs().min() <= residual + 1e-9 * size
+    assert (truth - found.smallest).abs().min() <= found.smallest_residual + 1e-9
+    density = spectral_density(matrix, [], steps=20, first=krylov)
+    assert density.on_grid()[0][-1] >= truth[-1].item()
 
 
 def descend(eigenvalues, lr, momentum, nesterov, weight_decay=0.0, steps=400):
