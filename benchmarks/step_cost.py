@@ -61,6 +61,9 @@ def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
             rows[f"{name}, tensors kept with {keep_prob}"] = {
                 **TRACE, **matrix, "keep_prob": keep_prob
             }  # fmt: skip
+            rows[f"{name}, a block of tensors kept with {keep_prob}"] = {
+                **TRACE, **matrix, "keep_prob": keep_prob, "dropout_scheme": "block"
+            }  # fmt: skip
         rows[f"{name}, entries kept with 0.3"] = {
             **TRACE, **matrix, "keep_prob": 0.3, "dropout_scheme": "entry"
         }  # fmt: skip
@@ -85,7 +88,11 @@ def rows_of_grid() -> dict[str, dict[str, Any]]:
     """Every engine, scheme, keep-probability, interval and precision."""
     rows = rows_on_a_cpu()
     for matrix, scheme, q, every, precision in itertools.product(
-        ("ggn", "hessian"), ("tensor", "entry"), (1.0, 0.3, 0.1), (1, 10), ("float32", "bf16")
+        ("ggn", "hessian"),
+        ("tensor", "block", "entry"),
+        (1.0, 0.3, 0.1),
+        (1, 10),
+        ("float32", "bf16"),
     ):
         rows[f"{matrix} {scheme} q={q} every={every} {precision}"] = {
             **TRACE, "curvature": matrix, "dropout_scheme": scheme, "keep_prob": q,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     if config.method in ("hutchinson", "dropout"):
         scheme: Scheme = "none"
         if config.method == "dropout":
-            scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
+            scheme = cast(Scheme, config.dropout_scheme)
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
         return Method(config.method, "as asked for", make(objective, scheme, config.keep_prob))
     per_example = _per_example(objective, X)

@@ -23,6 +23,7 @@ PENALTIES = [
     {"reg": "none"},
     {"reg": "trace=0.01", "num_probes": 2, "warmup": 0},
     {"reg": "trace=0.01", "dropout_scheme": "entry", "warmup": 0},
+    {"reg": "trace=0.01", "dropout_scheme": "block", "keep_prob": 0.3, "warmup": 0},
     {"reg": "trace=0.003", "curvature": "hessian", "warmup": 0},
     {"reg": "confidence=0.1,label-smoothing=0.1"},
 ]

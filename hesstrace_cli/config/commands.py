@@ -123,9 +123,10 @@ class TrainConfig(DataConfig):
     )
     dropout_scheme: str = option(
         "tensor",
-        "drop whole parameter tensors (fast) or single entries (the paper's)",
+        "drop whole parameter tensors (fast), all but a block of them that follow each other "
+        "(faster), or single entries (the paper's)",
         panel="Trace penalty",
-        choices=("tensor", "entry"),
+        choices=("tensor", "block", "entry"),
     )
     keep_prob: float = option(
         0.5, "probability that a tensor or entry is kept; divided out", panel="Trace penalty",
@@ -351,8 +352,9 @@ class EstimateConfig(CheckpointConfig):
         minimum=1,
     )
     dropout_scheme: str = option(
-        "tensor", "what --method dropout drops", panel="Estimate", choices=("tensor", "entry")
-    )
+        "tensor", "what --method dropout drops", panel="Estimate",
+        choices=("tensor", "block", "entry"),
+    )  # fmt: skip
     keep_prob: float = option(
         0.3, "probability that --method dropout keeps a tensor or entry", panel="Estimate",
         above=0, maximum=1,

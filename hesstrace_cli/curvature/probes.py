@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-Scheme = Literal["none", "entry", "tensor"]
+Scheme = Literal["none", "entry", "tensor", "block"]
 Params = Mapping[str, Tensor]
 
 
@@ -37,7 +37,9 @@ def draw_keep(
         params: The P parameter tensors by name.
         scheme: "none" keeps all; "entry" keeps each entry with probability q by its own coin
             (the paper's); "tensor" keeps exactly k = max(1, round(q T)) of the T tensors,
-            drawn without replacement, each included with probability pi = k / T.
+            drawn without replacement, each included with probability pi = k / T; "block" keeps k
+            that follow each other (the first follows the last), with the same pi: the graph in
+            front of them, half of the network on average, is spared.
         keep_prob: q in (0, 1].
         generator: Source of all randomness.
 
@@ -55,11 +57,13 @@ def draw_keep(
         return {name: _kept_entries(p, keep_prob, generator) for name, p in params.items()}
     names: Sequence[str] = list(params)
     inclusion = 1.0
-    if scheme == "tensor":
+    if scheme in ("tensor", "block"):
         kept = num_kept(len(names), keep_prob)
         inclusion = kept / len(names)
         # On the generator's device; sorted, so that the order of work is the model's own.
         drawn = torch.randperm(len(names), generator=generator, device=generator.device)[:kept]
+        if scheme == "block":
+            drawn = (drawn[0] + torch.arange(kept, device=drawn.device)) % len(names)
         names = [names[i] for i in sorted(drawn.tolist())]
     return {
         name: torch.tensor(inclusion**-0.5, dtype=params[name].dtype, device=params[name].device)

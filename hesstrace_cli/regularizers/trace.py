@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class TracePenalty(Regularizer):
         self.splits = self.order == 2 or config.curvature == "hessian"
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
-            self.scheme = "entry" if config.dropout_scheme == "entry" else "tensor"
+            self.scheme = cast(Scheme, config.dropout_scheme)
         self._mode: Mode = "taylor"
         self._graph_checked = False
         self._compiled: Callable[..., Tensor] | None = None

@@ -23,7 +23,8 @@ from hesstrace_cli.curvature.trace import (
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
-SCHEMES = [("none", 1.0), ("entry", 1.0), ("entry", 0.3), ("tensor", 0.6), ("tensor", 0.25)]
+SCHEMES = [("none", 1.0), ("entry", 1.0), ("entry", 0.3), ("tensor", 0.6), ("tensor", 0.25),
+           ("block", 0.6), ("block", 0.25)]  # fmt: skip
 
 
 def generator(seed=0):
@@ -50,7 +51,8 @@ def test_tensor_scheme_keeps_exactly_k():
     params = {str(i): torch.zeros(3) for i in range(10)}
     for q, k in ((0.01, 1), (0.25, 2), (0.3, 3), (1.0, 10)):
         assert num_kept(10, q) == k
-        assert len(draw_keep(params, scheme="tensor", keep_prob=q, generator=generator())) == k
+        for scheme in ("tensor", "block"):
+            assert len(draw_keep(params, scheme=scheme, keep_prob=q, generator=generator())) == k
 
 
 @pytest.mark.parametrize("q", [0.0, -0.1, 1.1])
@@ -207,3 +209,18 @@ def test_stop_waits_for_enough_degrees_of_freedom():
     assert not stop.reached(Mean(1.0, 0.2, degrees=30), 1, 0.0)
     assert stop.reached(Mean(1.0, 0.2, degrees=30), 100, 0.0)
     assert Stop(0.1, max_seconds=1).reached(Mean(1.0, None), 1, 2.0)
+
+
+def test_a_block_is_what_follows_each_other():
+    params = {str(i): torch.zeros(1) for i in range(7)}
+    g = generator(1)
+    counts = dict.fromkeys(params, 0)
+    for _ in range(700):
+        kept = [int(n) for n in draw_keep(params, scheme="block", keep_prob=0.4, generator=g)]
+        assert (
+            sorted((kept[0] + i) % 7 for i in range(3)) == kept
+            or [(k + 7 - 1) % 7 in kept for k in kept].count(False) == 1
+        )  # one beginning, around the end too
+        for k in kept:
+            counts[str(k)] += 1
+    assert all(abs(count - 300) < 70 for count in counts.values())
