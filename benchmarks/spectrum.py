@@ -7,8 +7,8 @@ ResNet-18 (CIFAR form) is trained for a few steps, so that its spectrum has outl
 finds the largest eigenvalue of the Hessian to one relative residual ||H v - lambda v|| / lambda,
 and a density of 64 bins by stochastic Lanczos quadrature with the same vectors and steps. Counts
 are taken on `--count-examples`; the seconds of one product on `--examples`, the tools in turn.
-After 100 products a tool stops with the residual it has. Each tool's residual is its own, ARPACK's from a product that is not counted; hesstrace's Lanczos
-run serves the density as well.
+After 100 products a tool stops with the residual it has. Each tool's residual is its own, ARPACK's
+from a product that is not counted; hesstrace's Lanczos run serves the density as well.
 """
 
 from __future__ import annotations
