@@ -33,6 +33,7 @@ from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.tables import markdown_table
 from hesstrace_cli.training import Run
 
+_DRAWS_TIMED = 10
 TRACE: dict[str, Any] = {"reg": ["trace=0.001"], "warmup": 0.0}
 ALL = {**TRACE, "estimator": "hutchinson"}
 G, H = {"curvature": "ggn"}, {"curvature": "hessian"}
@@ -193,10 +194,12 @@ def table(
         config = dataclasses.replace(base, **settings, out=str(folder / str(number)))
         try:
             run = Run(config)
-            steps = config.every
+            # What is kept differs from step to step, and with it the time.
+            drops = "trace" in run.row and config.estimator == "dropout"
+            steps = _DRAWS_TIMED if drops else config.every
             full = (
                 run
-                if steps == 1
+                if config.every == 1
                 else Run(dataclasses.replace(config, every=1, out=f"{config.out}-full"))
             )
             own_memory = peak_bytes(full) / memory
@@ -206,7 +209,7 @@ def table(
                 own = run.seconds_of_steps(steps) / steps
                 after = plain.seconds_of_steps(2) / 2
                 ratios.append(own / ((before + after) / 2))
-            noise = variance(run, arguments.draws) if steps == 1 else None
+            noise = variance(run, arguments.draws) if config.every == 1 else None
         except HesstraceError as problem:
             lines.append([name, "-", "-", "-", str(problem)[:60]])
             continue
