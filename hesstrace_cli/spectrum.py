@@ -173,4 +173,5 @@ def _stability(
         weight_decay=weight_decay,
         nesterov=nesterov,
     )
-    return {**report, "sentence": sentence(report)}
+    finite = {k: _finite(v) if isinstance(v, float) else v for k, v in report.items()}
+    return {**finite, "sentence": sentence(report)}

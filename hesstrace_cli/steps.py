@@ -24,7 +24,7 @@ from hesstrace_cli.regularizers import Part, Regularizer, Step
 from hesstrace_cli.regularizers.trace import TracePenalty
 from hesstrace_cli.sync_norm import SyncedNorms
 
-_LEAST_SCALE = 1e-4  # of float16's loss: below it every gradient has overflowed for long
+_MOST_SKIPPED = 16  # float16 steps in a row, each at half the scale of the one before
 Examples = tuple[Tensor, Tensor, Part]
 """Inputs and labels of a part of a batch, and which part it is."""
 
@@ -38,6 +38,7 @@ class Sums:
     examples: int
     penalty: Tensor
     penalty_steps: int
+    skipped: int = 0
 
     @classmethod
     def zero(cls, device: torch.device) -> Sums:
@@ -90,6 +91,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         model = self.objective.model
+        self._in_a_row = 0
         self._model = torch.compile(model, dynamic=False) if self.config.compile else model
 
     @property
@@ -131,8 +133,14 @@ class Stepper:
         self._sum_gradients(total)
         self.scaler.unscale_(self.optimizer)
         self._check_finite(total, index)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            sums.skipped += 1
+            self._in_a_row += 1
+        else:
+            self._in_a_row = 0
 
     def _transformed(self, X: Tensor, y: Tensor, part: Part, index: int, number: int) -> _Prepared:
         key = index + (number << 32) + (self.ranks.rank << 44) + (1 << 60)  # its own each part
@@ -232,7 +240,7 @@ class Stepper:
     def _check_finite(self, total: Tensor, index: int) -> None:
         grads = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads)
-        if self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_SCALE:
+        if self.scaler.is_enabled() and self._in_a_row < _MOST_SKIPPED:
             size = torch.zeros_like(size)  # an overflow there: the scaler leaves the step out
         if not torch.isfinite(total + size):
             raise NumericsError(

@@ -190,7 +190,7 @@ class Run:
         return split_batch(num_examples, self.ranks, rounds=self.config.accumulate, least=least)
 
     def _check_parts(self) -> None:
-        whole = [type(r).__name__ for r in self.regularizers if not r.splits]
+        whole = [r.name for r in self.regularizers if not r.splits]
         if whole and (self.ranks.size > 1 or self.config.accumulate > 1):
             compiled = " (compiled)" if self.config.compile else ""
             raise ConfigError(
@@ -199,7 +199,7 @@ class Run:
             )
         if self.config.sync_bn and (self.config.accumulate > 1 or self.config.compile):
             raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
-        twice = [type(r).__name__ for r in self.regularizers if r.order > 1]
+        twice = [r.name for r in self.regularizers if r.order > 1]
         if twice and self.config.compile:
             raise ConfigError(
                 f"--reg {twice[0]} takes second derivatives through the ordinary forward pass, "
@@ -324,6 +324,8 @@ class Run:
             if sums.penalty_steps
             else None,
         }
+        if self.config.precision == "fp16":
+            record["skipped_steps"] = sums.skipped
         if self.data.val is not None:
             loss, accuracy = evaluate(self.model, self.data.val, self.config.batch_size)
             record |= {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}

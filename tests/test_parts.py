@@ -63,7 +63,9 @@ def test_accumulation_leaves_statistics_and_dropout_masks_of_one_pass(tmp_path):
 
 @pytest.mark.parametrize("reg", ["sam", "grad-norm=0.1"])
 def test_what_needs_the_whole_batch_is_refused(tmp_path, reg):
-    with pytest.raises(ConfigError, match="whole batch"):
+    with pytest.raises(
+        ConfigError, match=f"--reg {reg.split('=')[0]} needs the gradient of the whole batch"
+    ):
         make_run(tmp_path / "a", reg=reg, accumulate=2)
 
 

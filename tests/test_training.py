@@ -268,11 +268,19 @@ def test_compiled_gives_the_same_gradient(tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reg": "jacobian"}, "JacobianPenalty takes second derivatives"),
-        ({"reg": "grad-norm=0.1"}, "GradientNorm takes second derivatives"),
+        ({"reg": "jacobian"}, "jacobian takes second derivatives"),
+        ({"reg": "grad-norm=0.1"}, "grad-norm takes second derivatives"),
         ({"reg": "trace", "accumulate": 2}, "compiled"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_by_name(tmp_path, settings, words):
     with pytest.raises(ConfigError, match=words):
         make_run(tmp_path / "a", compile=True, **settings)
+
+
+def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
+    run = make_run(tmp_path / "a", precision="fp16", reg="trace=1e8", warmup=0, epochs=8)
+    with pytest.raises(NumericsError, match="before the weights moved"):
+        list(run.advance())
+    lines = [json.loads(x) for x in run.folder.metrics.read_text().splitlines()]
+    assert lines[0]["skipped_steps"] == run.steps_per_epoch

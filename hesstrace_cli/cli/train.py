@@ -12,6 +12,7 @@ from hesstrace_cli.reporting import tables
 if TYPE_CHECKING:
     from hesstrace_cli.training import Run
 
+_MANY_SKIPPED = 1  # the first steps look for the scale
 _TRACE_FLAGS = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
 
 
@@ -89,6 +90,7 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
             else:
                 bar.update(bar.task_ids[0], note=note)
             report_negative(progress.record)
+            report_skipped(progress.record)
     return run.finish()
 
 
@@ -99,6 +101,16 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     if record["penalty_trace"] is not None:
         line += f" penalised trace {record['penalty_trace']:.4g}"
     return line
+
+
+def report_skipped(record: dict[str, Any]) -> None:
+    """Say so where float16's gradients overflowed in so many steps that it shows."""
+    skipped = record.get("skipped_steps", 0)
+    if skipped > _MANY_SKIPPED or (skipped and record["epoch"] > 1):
+        screen.say(
+            f"warning: {skipped} steps of epoch {record['epoch']} were left out, as their float16 "
+            "gradients overflowed; --precision bf16 has a larger range"
+        )
 
 
 def report_negative(record: dict[str, Any]) -> None:

@@ -175,6 +175,8 @@ def worst_sharpness(
         if d is None:
             break
         height, grad = landscape.gradient(_times(d, radius))
+        if not math.isfinite(height):
+            return math.inf
         highest = max(highest, height)
         d = at_distance_one(grad, params, normalized=normalized)
     return max(highest, here if d is None else landscape.loss(_times(d, radius))) - here

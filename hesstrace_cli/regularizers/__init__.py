@@ -35,5 +35,6 @@ def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
                 f"{name!r} gave a {type(regularizer).__name__}, expected a "
                 "hesstrace_cli.regularizers.Regularizer"
             )
+        regularizer.name = name
         built.append(regularizer)
     return built

@@ -110,6 +110,7 @@ class Regularizer:
     Attributes:
         strength: The number behind `NAME=`; its unit is in `config.REGULARIZERS`.
         config: The run's settings, `curvature` resolved.
+        name: As the user gave it.
         order: The highest derivative taken through the ordinary forward pass; 2 and more
             make it run inside `differentiable_ops(order=...)`.
         needs_input_gradient: Whether the ordinary forward pass must keep a graph to the inputs.
@@ -117,6 +118,7 @@ class Regularizer:
         splits: Whether a batch may come in parts, over several processes or rounds.
     """
 
+    name: str = ""
     order: int = 1
     needs_input_gradient: bool = False
     label_smoothing: float = 0.0
