@@ -81,9 +81,11 @@ def check_writable(path: str | None) -> None:
     if path is None or path == "-":
         return
     parent = Path(path).parent
-    if Path(path).is_dir():
-        raise ConfigError(f"{path!r} is a folder, expected the name of a file")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if path and Path(path).is_dir():
+        raise ConfigError(
+            f"{path!r} cannot be written: it is a folder, expected the name of a file"
+        )
+    if not path or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"{path!r} cannot be written; {str(parent)!r} must be a folder")
 
 

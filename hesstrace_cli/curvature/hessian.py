@@ -84,8 +84,8 @@ def loss_and_form(loss: ScalarFunc, params: Params, probe: Params) -> tuple[Tens
     Raises:
         NotImplementedError: If an operation has no rule, as most in-place ones.
     """
-    moving = {name: Jet(params[name], v, None) for name, v in probe.items()}
-    found = loss({**params, **moving})
+    # Dropped tensors too, without a derivative: in-place sums may then meet either.
+    found = loss({name: Jet(p, probe.get(name), None) for name, p in params.items()})
     if not isinstance(found, Jet):  # it does not depend on what is kept
         return found, torch.zeros_like(found)
     value, _, second = found.parts

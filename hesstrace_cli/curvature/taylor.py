@@ -196,6 +196,10 @@ def _general(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
               if isinstance(o, Tensor) and o.is_floating_point()]  # fmt: skip
     if not curves:  # a shape, a comparison
         return tree_unflatten(leaves, out_spec)
+    if all(part is None for i in places for part in flat[i].parts[1:]):
+        for i in curves:
+            leaves[i] = Jet(leaves[i], None, None)
+        return tree_unflatten(leaves, out_spec)
     x1, x2 = (tuple(_dense(flat[i], k) for i in places) for k in (1, 2))
     x0 = tuple(_dense(flat[i], 0) for i in places)
 
