@@ -60,6 +60,7 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
     like = next(iter(objective.params.values())).detach().new_empty(matrix.size)
     generator = Generator(like.device).manual_seed(config.seed)
     first = Krylov(matrix, rademacher(like, generator=generator))
+    first.extend(min(config.steps, config.max_products))  # the density takes them anyway
     extremes = extreme_eigenvalues(first, k=config.top, max_products=config.max_products)
     others = (rademacher(like, generator=generator) for _ in range(config.num_probes - 1))
     density = spectral_density(matrix, others, steps=config.steps, first=first)
