@@ -7,8 +7,10 @@ ResNet-18 (CIFAR form) is trained for a few steps, so that its spectrum has outl
 finds the largest eigenvalue of the Hessian to one relative residual ||H v - lambda v|| / lambda,
 and a density of 64 bins by stochastic Lanczos quadrature with the same vectors and steps. Counts
 are taken on `--count-examples`; the seconds of one product on `--examples`, the tools in turn.
-After 100 products a tool stops with the residual it has. Each tool's residual is its own, ARPACK's
-from a product that is not counted; hesstrace's Lanczos run serves the density as well.
+After `--most` products a tool stops with the residual it has; hesstrace's Lanczos run serves the
+density as well. The residual is each tool's own, in float32, ARPACK's from a product that is not
+counted. Beside it stand the quotient and the residual of each tool's vector in float64, from one
+product through PyTorch's own operations.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from hesstrace_cli.config import DataConfig
 from hesstrace_cli.curvature.density import spectral_density
-from hesstrace_cli.curvature.lanczos import Krylov
+from hesstrace_cli.curvature.lanczos import Krylov, inner_products, norm
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
@@ -36,7 +41,6 @@ from hesstrace_cli.models import build_model
 from hesstrace_cli.reporting.tables import markdown_table
 
 PROBES, STEPS, BINS = 1, 30, 64
-MOST_PRODUCTS = 100
 Product = Callable[[Tensor], Tensor]
 
 
@@ -85,56 +89,91 @@ def products(model: nn.Module, split: Split, batch_size: int) -> dict[str, Produ
     return found
 
 
-def residual(product: Product, vector: Tensor) -> tuple[float, float]:
-    """The Rayleigh quotient of a vector, and ||H v - lambda v|| / lambda."""
-    v = vector / vector.norm()
-    image = product(v)
-    value = (v @ image).item()
-    return value, (image - value * v).norm().item() / abs(value)
+@dataclass(frozen=True)
+class Found:
+    """A top eigenvalue and what it took.
+
+    Attributes:
+        vector: Its eigenvector, shape (P,).
+        residual: ||H v - lambda v|| / |lambda| as the tool sees it.
+        products: Products for it.
+        more: Products for a density beside those.
+    """
+
+    vector: Tensor
+    residual: float
+    products: int
+    more: int
 
 
-def ours(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
+def rayleigh(vector: Tensor, image: Tensor) -> tuple[float, float]:
+    """The quotient v^T H v of a unit vector, and its relative residual."""
+    value = inner_products(vector[None], image).item()
+    return value, norm(image - value * vector) / abs(value)
+
+
+def ours(H: Counted, like: Tensor, rtol: float, most: int) -> Found:
+    """Lanczos' method, a product at a time."""
     generator = torch.Generator(like.device).manual_seed(0)
     krylov = Krylov(H, rademacher(like, generator=generator))
     error = 1.0
-    while error > rtol and H.count < MOST_PRODUCTS:
+    while error > rtol and H.count < most:
         krylov.extend(1)
         values, residuals, _ = krylov.ritz()
-        value, error = values[-1].item(), (residuals[-1] / values[-1].abs()).item()
-    eigen = H.count
+        error = (residuals[-1] / values[-1].abs()).item()
+    steps = H.count
+    _, weights = eigh_tridiagonal(krylov.alphas, krylov.betas[:-1])
+    vector = torch.from_numpy(weights[:, -1]).to(like) @ krylov.basis[:steps]
     others = (rademacher(like, generator=generator) for _ in range(PROBES - 1))
     spectral_density(H, others, steps=STEPS, first=krylov).on_grid(points=BINS)
-    return {"value": value, "residual": error, "eigen": eigen, "density": H.count - eigen}
+    return Found(vector, error, steps, H.count - steps)
 
 
-def power_iteration(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
+def power_iteration(H: Counted, like: Tensor, rtol: float, most: int) -> Found:
     """PyHessian's algorithm; its own stop looks at the eigenvalue, ours at the residual."""
     generator = torch.Generator(like.device).manual_seed(0)
-    v = torch.randn(like.shape, generator=generator, device=like.device)
+    image = torch.randn(like.shape, generator=generator, device=like.device)
     error = 1.0
-    while error > rtol and H.count < MOST_PRODUCTS:
-        v = v / v.norm()
-        image = H(v)
-        value = (v @ image).item()
-        error = (image - value * v).norm().item() / abs(value)
-        v = image
-    return {"value": value, "residual": error, "eigen": H.count, "density": PROBES * STEPS}
+    while error > rtol and H.count < most:
+        vector = image / norm(image)
+        image = H(vector)
+        _, error = rayleigh(vector, image)
+    return Found(vector, error, H.count, PROBES * STEPS)
 
 
-def arpack(H: Counted, like: Tensor, rtol: float) -> dict[str, Any]:
-    """What curvlinops' documentation does: scipy's eigsh on its operator."""
+def arpack(H: Counted, like: Tensor, rtol: float, most: int) -> Found:
+    """What curvlinops' documentation does: scipy's eigsh on its operator; 20 products at least."""
 
     def matvec(vector: Any) -> Any:
         return H(torch.from_numpy(vector.ravel()).to(like)).cpu().numpy()
 
     operator = LinearOperator((H.size, H.size), matvec=matvec, dtype=np.float32)
-    _, vectors = eigsh(operator, k=1, which="LA", tol=rtol)
-    eigen = H.count
-    value, error = residual(H.product, torch.from_numpy(vectors[:, 0]).to(like))
-    return {"value": value, "residual": error, "eigen": eigen, "density": PROBES * STEPS}
+    _, vectors = eigsh(operator, k=1, which="LA", tol=rtol, ncv=min(20, most))
+    products = H.count
+    vector = torch.from_numpy(vectors[:, 0]).to(like)
+    vector = vector / norm(vector)
+    _, error = rayleigh(vector, H.product(vector))
+    return Found(vector, error, products, PROBES * STEPS)
 
 
 FINDERS = {"hesstrace": ours, "pyhessian": power_iteration, "curvlinops": arpack}
+
+
+def judged(model: nn.Module, split: Split, batch_size: int, vector: Tensor) -> tuple[float, float]:
+    """The quotient and relative residual in float64, by double backward as PyTorch has it."""
+    model = deepcopy(model).double()
+    params = list(model.parameters())
+    v = vector.double() / norm(vector)
+    parts = [
+        x.view_as(p) for x, p in zip(v.split([p.numel() for p in params]), params, strict=True)
+    ]
+    image = torch.zeros_like(v)
+    for X, y in split.batches(batch_size):
+        loss = F.cross_entropy(model(X.double()), y)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        product = torch.autograd.grad(grads, params, parts)
+        image += torch.cat([x.flatten() for x in product]) * (len(X) / len(split))
+    return rayleigh(v, image)
 
 
 def trained(arguments: argparse.Namespace, split: Split) -> nn.Module:
@@ -165,6 +204,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--rtol", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=100, help="products for the eigenvalue")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -179,28 +219,27 @@ def main() -> None:
     like = torch.empty(size, device=arguments.device)
     few = split.subset(torch.arange(arguments.count_examples))
     found = {
-        name: FINDERS[name](Counted(product, size), like, arguments.rtol)
+        name: FINDERS[name](Counted(product, size), like, arguments.rtol, arguments.most)
         for name, product in products(model, few, arguments.batch_size).items()
     }
     seconds = timed(
         products(model, split.subset(torch.arange(arguments.examples)), arguments.batch_size),
         like, arguments.rounds,
     )  # fmt: skip
-    own = seconds["hesstrace"]
-    rows = [
-        [name, f"{r['value']:.4g}", f"{r['residual']:.1e}", str(r["eigen"]), str(r["density"]),
-         f"{seconds[name]:.2f}", f"{seconds[name] / own:.2f}",
-         f"{seconds[name] * (r['eigen'] + r['density']) / own / sum_of(found['hesstrace']):.2f}"]
-        for name, r in found.items()
-    ]  # fmt: skip
-    head = ("tool", "top eigenvalue", "relative residual", "products for it", "more for a density",
-            "seconds a product", "over ours", "both, over ours")  # fmt: skip
+    rows = []
+    for name, result in found.items():
+        value, error = judged(model, few, arguments.batch_size, result.vector)
+        whole = seconds[name] * (result.products + result.more)
+        own = seconds["hesstrace"] * (found["hesstrace"].products + found["hesstrace"].more)
+        rows.append([
+            name, str(result.products), f"{result.residual:.1e}", f"{value:.5g}", f"{error:.1e}",
+            str(result.more), f"{seconds[name]:.2f}", f"{seconds[name] / seconds['hesstrace']:.2f}",
+            f"{whole / own:.2f}",
+        ])  # fmt: skip
+    head = ("tool", "products", "relative residual", "eigenvalue in float64", "its residual",
+            "more for a density", "seconds a product", "over ours", "both, over ours")  # fmt: skip
     print(f"{arguments.model}, {size} parameters, {arguments.device}, {torch.__version__}\n")
     print(markdown_table(head, rows))
-
-
-def sum_of(result: dict[str, Any]) -> int:
-    return int(result["eigen"] + result["density"])
 
 
 def timed(tools: dict[str, Product], like: Tensor, rounds: int) -> dict[str, float]:

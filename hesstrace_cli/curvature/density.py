@@ -18,12 +18,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesstrace_cli.curvature.lanczos import Krylov
+from hesstrace_cli.curvature.operator import Matrix
 from hesstrace_cli.curvature.statistics import Mean, means
 
 
@@ -75,12 +75,12 @@ class Density:
 
 
 def spectral_density(
-    matrix: Any, starts: Iterable[Tensor], *, steps: int, first: Krylov | None = None
+    matrix: Matrix, starts: Iterable[Tensor], *, steps: int, first: Krylov | None = None
 ) -> Density:
     """Run Lanczos from random vectors.
 
     Args:
-        matrix: A, P x P; only products `matrix @ V` are taken.
+        matrix: A, P x P.
         starts: z with E[z z^T] = I, shape (P,) each.
         steps: m, products for each.
         first: A space grown from such a vector already; it counts as one, and is grown to m.

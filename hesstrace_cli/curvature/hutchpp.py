@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from hesstrace_cli.curvature.operator import block_products
+from hesstrace_cli.curvature.operator import Matrix, block_products
 from hesstrace_cli.curvature.probes import rademacher
 
 
 def hutchpp(
-    matrix: object, like: Tensor, sizes: list[int], *, num_products: int, generator: Generator
+    matrix: Matrix, like: Tensor, sizes: list[int], *, num_products: int, generator: Generator
 ) -> Tensor:
     """Samples of the traces of a symmetric matrix's diagonal blocks.
 
@@ -19,7 +19,7 @@ def hutchpp(
     with S and G of m/3 columns of independent signs.
 
     Args:
-        matrix: A, P x P; only products `matrix @ V` are taken.
+        matrix: A, P x P.
         like: A tensor of A's dtype and device.
         sizes: The T blocks' sizes, P together.
         num_products: m >= 3.
@@ -38,10 +38,11 @@ def hutchpp(
         raise ValueError(f"num_products is {num_products}, expected at least 3")
     shape = (sum(sizes), columns)
     S = rademacher(like.new_empty(shape), generator=generator)
-    Q = torch.linalg.qr(matrix @ S).Q  # type: ignore[operator]
-    G = rademacher(like.new_empty(shape), generator=generator)
+    # In float64: in float32 the sums over P entries would leave Q far from orthonormal.
+    Q = torch.linalg.qr((matrix @ S).double()).Q
+    G = rademacher(like.new_empty(shape), generator=generator).double()
     G = G - Q @ (Q.mT @ G)
-    products = matrix @ torch.cat([Q, G], 1)  # type: ignore[operator]
+    products = matrix @ torch.cat([Q, G], 1).to(like.dtype)
     sketched = block_products(Q, products[:, : Q.shape[1]], sizes).sum(1)
     rest = block_products(G, products[:, Q.shape[1] :], sizes)
     return (sketched[:, None] + rest).mT

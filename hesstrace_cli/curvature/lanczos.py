@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from hesstrace_cli.curvature.operator import Matrix
+
+
+def inner_products(V: Tensor, w: Tensor) -> Tensor:
+    """The inner products of the rows of V, shape (m, P), with w, shape (P,), in float64.
+
+    PyTorch's float32 kernels sum so naively on CPUs that over ten million entries, as many as a
+    network has weights, the norm of a vector comes out wrong in the fourth digit.
+    """
+    chunks = zip(V.split(1 << 18, 1), w.split(1 << 18), strict=True)
+    return torch.stack([a.double() @ b.double() for a, b in chunks]).sum(0)
+
+
+def norm(v: Tensor) -> float:
+    """||v||_2, summed in float64."""
+    return inner_products(v[None], v).sqrt().item()
 
 
 class Krylov:
@@ -15,7 +31,7 @@ class Krylov:
         A V = V T + beta_m v_{m+1} e_m^T,   V^T V = I,   T tridiagonal
 
     Args:
-        matrix: A, P x P; only products `matrix @ V` are taken.
+        matrix: A, P x P.
         start: v_1, shape (P,), any length but 0.
 
     Attributes:
@@ -24,13 +40,13 @@ class Krylov:
         closed: Whether the space is invariant, so that T's eigenvalues are A's.
     """
 
-    def __init__(self, matrix: Any, start: Tensor) -> None:
+    def __init__(self, matrix: Matrix, start: Tensor) -> None:
         self.matrix = matrix
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.closed = False
         self._rows = start.new_empty((16, len(start)))
-        self._rows[0] = start / start.norm()
+        self._rows[0] = start / norm(start)
         self._count = 1
 
     @property
@@ -45,10 +61,10 @@ class Krylov:
                 return
             V = self.basis
             w = (self.matrix @ V[-1][:, None])[:, 0]
-            alpha = (w @ V[-1]).item()
+            alpha = inner_products(V[-1:], w).item()
             for _ in range(2):  # twice is enough
-                w = w - (V @ w) @ V
-            beta = w.norm().item()
+                w = w - inner_products(V, w).to(w) @ V
+            beta = norm(w)
             self.alphas.append(alpha)
             self.betas.append(beta)
             size = max(*map(abs, self.alphas), *self.betas[:-1], 1e-300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+class Matrix(Protocol):
+    """A symmetric P x P matrix of which only products are taken."""
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """The product with the columns of V, shape (P, m)."""
 
 
 class CurvatureMatrix:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from hesstrace_cli.curvature.operator import block_products
+from hesstrace_cli.curvature.operator import Matrix, block_products
 from hesstrace_cli.curvature.probes import rademacher
 
 
 def xtrace(
-    matrix: object, like: Tensor, sizes: list[int], *, num_products: int, generator: Generator
+    matrix: Matrix, like: Tensor, sizes: list[int], *, num_products: int, generator: Generator
 ) -> Tensor:
     """Exchangeable estimates of the traces of a symmetric matrix's diagonal blocks.
 
@@ -20,7 +20,7 @@ def xtrace(
     Q_i Q_i^T = Q Q^T - q_i q_i^T, where q_i in the range of Q is orthogonal to the other columns.
 
     Args:
-        matrix: A, P x P; only products `matrix @ V` are taken.
+        matrix: A, P x P.
         like: A tensor of A's dtype and device.
         sizes: The T blocks' sizes, P together.
         num_products: m >= 4; m/2 columns W of independent signs, at most P of them.
@@ -38,9 +38,11 @@ def xtrace(
     if columns < 2:
         raise ValueError(f"num_products is {num_products}, expected at least 4")
     W = rademacher(like.new_empty(sum(sizes), columns), generator=generator)
-    Y = matrix @ W  # type: ignore[operator]
+    # In float64: in float32 the sums over P entries would leave Q far from orthonormal.
+    Y = (matrix @ W).double()
+    W = W.double()
     Q, R = torch.linalg.qr(Y)
-    Z = matrix @ Q  # type: ignore[operator]
+    Z = (matrix @ Q.to(like.dtype)).double()
     S = torch.stack([_left_out(R, i) for i in range(columns)], 1)
     QS, ZS = Q @ S, Z @ S
     coefficients = Q.mT @ W

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from hesstrace_cli.curvature.density import spectral_density
+from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
+from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.stability import sentence, stability, threshold
 from tests.curvature import oracles
 from tests.curvature.test_derivatives import CASES, setup
@@ -70,6 +75,34 @@ def test_small_and_degenerate_matrices(eigenvalues):
     assert found.smallest == pytest.approx(min(eigenvalues), abs=1e-9)
 
 
+class RankOneAndIdentity:
+    """1000 u u^T + 1e-6 I for a unit vector u of as many float32 entries as a network has weights.
+
+    Its own product is taken in float64, so that all rounding is the caller's.
+    """
+
+    size = 2_000_000
+    trace = 1000 + 1e-6 * size
+
+    def __init__(self):
+        u = torch.randn(self.size, generator=generator(), dtype=torch.float64)
+        self.u = u / u.norm()
+
+    def __matmul__(self, V):
+        V64 = V.double()
+        return (1000 * self.u[:, None] * (self.u @ V64) + 1e-6 * V64).to(V.dtype)
+
+
+def test_sums_over_millions_of_entries_keep_float32s_digits():
+    A = RankOneAndIdentity()
+    krylov = Krylov(A, start(A.size).float())
+    found = extreme_eigenvalues(krylov, k=1)
+    assert abs(found.largest[0] - 1000) < 1e-5 * 1000
+    for method in (hutchpp, xtrace):
+        samples = method(A, A.u.float(), [A.size], num_products=4, generator=generator(1))
+        assert samples.sum(1).mean().item() == pytest.approx(A.trace, rel=5e-6)
+
+
 def test_density_and_its_moments():
     eigenvalues = outliers_and_bulk()
     signs = generator(1)
@@ -114,6 +147,19 @@ def test_networks_against_their_dense_matrix(name, curvature):
     assert (truth - found.smallest).abs().min() <= found.smallest_residual + 1e-9
     density = spectral_density(matrix, [], steps=20, first=krylov)
     assert density.on_grid()[0][-1] >= truth[-1].item()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in UNRELIABLE])
+def test_float32_products_agree_with_float64(name):
+    objective, X, y, _, _ = setup(name, train=False)
+    v = start(sum(p.numel() for p in objective.params.values()))[:, None]
+    exact = CurvatureMatrix(objective, lambda: [(X, y)], len(X), "hessian") @ v
+    model = copy.deepcopy(objective.model).float()
+    X32 = X.float() if X.is_floating_point() else X
+    y32 = y.float() if y.is_floating_point() else y
+    single = Objective(model, trainable(model))
+    rounded = CurvatureMatrix(single, lambda: [(X32, y32)], len(X), "hessian") @ v.float()
+    assert (rounded.double() - exact).norm() < 1e-5 * exact.norm()
 
 
 def descend(eigenvalues, lr, momentum, nesterov, weight_decay=0.0, steps=400):
