@@ -35,11 +35,11 @@ def load_factory(spec: str, error: type[HesstraceError]) -> Callable[..., Any]:
     if not where or (where.startswith(".") and not where.endswith(".py")):
         raise error(f"{spec!r} is no factory, expected FILE.py:factory or package.module:factory")
     module = _import_file(Path(where), error) if where.endswith(".py") else _import(where, error)
-    factory = getattr(module, name, None)
-    if not callable(factory):
+    factory: Callable[..., Any] | None = getattr(module, name, None)
+    if factory is None or not callable(factory):
         public = ", ".join(n for n in vars(module) if not n.startswith("_")) or "none"
         raise error(f"{spec!r}: {where} has no function {name!r}; its names: {public}")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _import_file(path: Path, error: type[HesstraceError]) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -143,8 +144,8 @@ def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Itera
 
     truths, slopes_of_it = slopes(native), mixed(native)
     engines: dict[str, Callable[[], Tensor]] = {
-        f"v'Hv, {engine} mode": lambda engine=engine: quadratic_form(  # type: ignore[misc]
-            lambda p: objective.loss(p, X, y), params, v, mode=engine
+        f"v'Hv, {engine} mode": partial(
+            quadratic_form, lambda p: objective.loss(p, X, y), params, v, mode=engine
         )
         for engine in ("taylor", "forward", "reverse")
     }

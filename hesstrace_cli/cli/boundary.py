@@ -13,9 +13,7 @@ from typer.core import TyperGroup
 from hesstrace_cli.errors import HesstraceError
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
-_ClickException: type[Exception] = next(  # type: ignore[assignment]
-    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
-)
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class ErrorBoundary(TyperGroup):
@@ -36,7 +34,7 @@ class ErrorBoundary(TyperGroup):
         except HesstraceError as problem:
             code = _report(str(problem), problem.exit_code)
         except _ClickException as problem:
-            message = " ".join(problem.format_message().split())  # type: ignore[attr-defined]
+            message = " ".join(problem.format_message().split())
             code = _report(message or "a command is missing; see --help", 2)
         except (typer.Abort, KeyboardInterrupt):
             code = _report("interrupted", 130)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -29,16 +29,17 @@ def with_options(config_class: type[DataConfig]) -> Callable[[Callable[..., None
         options = [_config_file(), *(_option(f, hints) for f in dataclasses.fields(config_class))]
         names = [p.name for p in options[1:]]
 
-        def call(**values: Any) -> None:
+        def called(**values: Any) -> None:
             flags = {name: values.pop(name) for name in names}
             flags = {name: value for name, value in flags.items() if value not in (None, [], ())}
             command(flags=flags, **values)
 
+        call: Any = called  # a signature of its own is what Typer reads
         call.__name__, call.__doc__ = command.__name__, command.__doc__
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__signature__ = inspect.Signature(parameters)
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        return call
+        return cast(Callable[..., None], call)
 
     return decorate
 

@@ -110,7 +110,7 @@ def trace_sample_at(
         signs: e, shape (N, C), independent signs.
         keep: The factors s.
     """
-    logits, pull = vjp(logits_of, params)  # type: ignore[misc]
+    logits, pull = vjp(logits_of, params)[:2]
     (grads,) = pull(softmax_root(logits, signs))
     return traces_of({name: grads[name] for name in keep}, keep, len(signs))
 
@@ -134,6 +134,6 @@ def ggn_vp(
     def of_kept(parts: Any) -> Tensor:
         return logits_of({**params, **parts})
 
-    logits, pushed = jvp(of_kept, (kept,), (dict(probe),))  # type: ignore[misc]
+    logits, pushed = jvp(of_kept, (kept,), (dict(probe),))[:2]
     cotangent = softmax_hessian(logits, pushed).detach() / len(logits)
     return gradient((logits * cotangent).sum(), params)

@@ -10,8 +10,8 @@ that of a plain sum. Each rule reads what autograd has saved at the operation's 
 
 Source:
     Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799, for linear layers;
-    Rochette et al., arXiv 1912.06015, for convolutions; the Gram form is Li et al.,
-    "Large language models can be strong differentially private learners", arXiv 2110.05679.
+    Rochette et al., arXiv 1912.06015, for convolutions; the Gram form is
+    Li, Tramèr, Liang, Hashimoto, arXiv 2110.05679.
 """
 
 from __future__ import annotations

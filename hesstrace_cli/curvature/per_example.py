@@ -247,7 +247,7 @@ def differentiated_norms(
     """
 
     def one(x: Tensor, directions: Tensor) -> Norms:
-        logits, pull = vjp(lambda p: logits_of(p, x[None])[0], dict(params))  # type: ignore[misc]
+        logits, pull = vjp(lambda p: logits_of(p, x[None])[0], dict(params))[:2]
         rows = [pull(u)[0] for u in cotangents_of(logits, directions)]
         return {name: torch.stack([row[name].square().sum() for row in rows]) for name in params}
 

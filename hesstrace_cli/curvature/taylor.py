@@ -210,7 +210,7 @@ def _general(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def first(x: Any, v: Any) -> Any:
         return jvp(moving, x, v)
 
-    (y0, y1), (_, y2) = jvp(first, (x0, x1), (x1, x2))  # type: ignore[misc]
+    (y0, y1), (_, y2) = jvp(first, (x0, x1), (x1, x2))[:2]
     for i, parts in zip(curves, zip(y0, y1, y2, strict=True), strict=True):
         leaves[i] = Jet(*parts)
     return tree_unflatten(leaves, out_spec)
