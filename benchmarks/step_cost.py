@@ -27,10 +27,13 @@ from torch import Tensor
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.graph import gradient, inner
+from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.tables import markdown_table
+from hesstrace_cli.stepcost import seconds_of_steps
+from hesstrace_cli.steps import Sums
 from hesstrace_cli.training import Run
 
 _DRAWS_TIMED = 10
@@ -53,6 +56,19 @@ class TripleReverse(Regularizer):
         return Term(self.strength, inner(product, v))
 
 
+class NestedForward(Regularizer):
+    """The penalty by forward mode inside forward mode, differentiated by one backward pass."""
+
+    def term(self, step: Step) -> Term:
+        """v^T H v."""
+        objective = step.objective
+        v = {n: rademacher(p, generator=step.generator) for n, p in objective.params.items()}
+        form = quadratic_form(
+            lambda p: objective.loss(p, step.X, step.targets), objective.params, v, mode="forward"
+        )
+        return Term(self.strength, form)
+
+
 def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
     """One factor varied at a time."""
     rows: dict[str, dict[str, Any]] = {"none": {"reg": ["none"]}}
@@ -72,6 +88,7 @@ def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
         rows[f"{name}, all tensors, bf16"] = {**ALL, **matrix, "precision": "bf16"}
     rows["none, bf16"] = {"reg": ["none"], "precision": "bf16"}
     rows["SAM"] = {"reg": ["sam=0.05"]}
+    rows["H, nested forward mode"] = {"reg": [f"{__file__}:NestedForward=0.001"]}
     rows["H, reverse mode three times"] = {"reg": [f"{__file__}:TripleReverse=0.001"]}
     return rows
 
@@ -117,14 +134,14 @@ def peak_bytes(run: Run) -> float:
     """The most that one step holds at a time, with weights, gradients and momentum."""
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        run.seconds_of_steps(0)
+        seconds_of_steps(run, 0)
         return float(torch.cuda.max_memory_allocated())
     kept = 3 * sum(p.nbytes for p in run.model.parameters())
     run.optimizer.zero_grad()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        run.seconds_of_steps(0)
+        seconds_of_steps(run, 0)
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
@@ -133,25 +150,27 @@ def peak_bytes(run: Run) -> float:
 
 
 def variance(run: Run, draws: int) -> float | None:
-    """sum Var(g) / ||E g||^2 of the penalty's gradient g over the draws, unbiased."""
-    if not run.regularizers or "trace" not in run.row or draws < 2:
+    """sum Var(g) / ||E g||^2 of the penalty's gradient g over the draws, unbiased.
+
+    Steps at learning rate 0 on one batch: their gradients differ by the penalty's alone, and
+    that of the plain loss, the penalty's strength set to 0, is taken off.
+    """
+    if "trace" not in run.row or draws < 2:
         return None
     (penalty,) = run.regularizers
-    X, y = next(run.data.train.batches(run.config.batch_size))
-    samples: list[Tensor] = []
-    (part,) = run._parts(len(X))
-    for index in range(draws):
-        number = index * run.config.every
-        batch = run.stepper._transformed(X, y, part, number, 0)
-        step = run.stepper._forward(batch, number, 0.9)
-        term = penalty.term(step)
-        assert term is not None
-        grads = gradient(term.value, step.objective.params)
-        samples.append(torch.cat([g.flatten() for g in grads.values()]).cpu())
-    stacked = torch.stack(samples)
+    (examples,) = run.examples([torch.arange(run.config.batch_size)])
+
+    def sample(number: int, strength: float) -> Tensor:
+        penalty.strength = strength
+        run.stepper.step(examples, number * run.config.every, 0.9, 0.0, Sums.zero(run.device))
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads]).double().cpu()
+
+    plain = sample(0, 0.0)
+    stacked = torch.stack([sample(number, 1.0) - plain for number in range(draws)])
     mean = stacked.mean(0)
-    spread = (stacked - mean).double().square().sum().item() / (draws - 1)
-    square = mean.double().square().sum().item() - spread / draws
+    spread = (stacked - mean).square().sum().item() / (draws - 1)
+    square = mean.square().sum().item() - spread / draws
     return spread / square if square > 0 else float("inf")
 
 
@@ -205,9 +224,9 @@ def table(
             own_memory = peak_bytes(full) / memory
             ratios = []
             for _ in range(arguments.rounds):
-                before = plain.seconds_of_steps(2) / 2
-                own = run.seconds_of_steps(steps) / steps
-                after = plain.seconds_of_steps(2) / 2
+                before = seconds_of_steps(plain, 2) / 2
+                own = seconds_of_steps(run, steps) / steps
+                after = seconds_of_steps(plain, 2) / 2
                 ratios.append(own / ((before + after) / 2))
             noise = variance(run, arguments.draws) if config.every == 1 else None
         except HesstraceError as problem:
@@ -222,7 +241,7 @@ def table(
         del run
     size = sum(p.numel() for p in plain.model.parameters())
     device = torch.cuda.get_device_name() if plain.device.type == "cuda" else "cpu"
-    seconds = plain.seconds_of_steps(3) / 3
+    seconds = seconds_of_steps(plain, 3) / 3
     head = ("step", "time", "memory", "relative variance", "variance x extra time")
     return (
         f"\n{base.model}, {size} parameters, batch {base.batch_size}, {device}, torch "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -56,7 +58,7 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
                 try:
                     if round_number == 0:
                         memory[name] = bytes_of_step(run)
-                    seconds[name].append(run.seconds_of_steps(steps) / steps)
+                    seconds[name].append(seconds_of_steps(run, steps) / steps)
                 except NumericsError:  # the same batch again and again may diverge
                     continue
     medians = {name: statistics.median(own) for name, own in seconds.items() if own}
@@ -64,6 +66,27 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
         name: StepCost(own / medians["none"], memory[name] / memory["none"])
         for name, own in medians.items()
     }
+
+
+def seconds_of_steps(run: Run, steps: int) -> float:
+    """The time of so many steps at full strength, after one to warm up; the run is spoilt."""
+    rows = torch.arange(min(run.config.batch_size, len(run.data.train)))
+    (examples,) = run.examples([rows])
+    run.step = run.total_steps - 1
+    with torch.random.fork_rng(devices=[]):
+        run.take_step(examples)
+        _synchronize(run)
+        begin = time.perf_counter()
+        for index in range(steps):
+            run.step = run.total_steps - 1 - index
+            run.take_step(examples)
+        _synchronize(run)
+    return time.perf_counter() - begin
+
+
+def _synchronize(run: Run) -> None:
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
 
 
 def bytes_of_step(run: Run) -> int:
@@ -82,5 +105,5 @@ def bytes_of_step(run: Run) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run.seconds_of_steps(0)
+        seconds_of_steps(run, 0)
     return size + sum(saved.values())

@@ -19,10 +19,10 @@ from torch.amp import GradScaler
 from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
 from hesstrace_cli.curvature.objective import LossFunc, Objective, call_as_it_is, trainable
-from hesstrace_cli.data import DataSet, Split, load_data, stratified_order
-from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, NumericsError, Stopped
-from hesstrace_cli.estimation import top_eigenvalue, trace_record, versions
-from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
+from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.errors import ConfigError, HesstraceError, Stopped
+from hesstrace_cli.estimation import trace_record, versions
+from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.parallel import join
@@ -39,10 +39,10 @@ from hesstrace_cli.steps import (
     set_random_state,
     split_batch,
 )
+from hesstrace_cli.summary import summarize
 from hesstrace_cli.sync_norm import sync_norms
 
 _MONITORED_EXAMPLES = 500
-_SUMMARY_EXAMPLES = 2000  # of the trace in the summary; more make no difference to a comparison
 
 # One stream of randomness each, so that one more draw in one does not move the others.
 _STREAMS = ("weights", "order", "augmentation", "regularizers", "model")
@@ -284,13 +284,10 @@ class Run:
         order = torch.randperm(len(self.data.train), generator=generator)
         order = order[: self.steps_per_epoch * self.config.batch_size]
         batches = order.split(self.config.batch_size)[first:]
-        parts = [self._parts(len(batch)) for batch in batches]
-        rows = [batch[part.rows] for batch, own in zip(batches, parts, strict=True) for part in own]
-        loaded = self.data.train.parts(rows)
         self.model.train()
         begin = time.monotonic()
-        for index, own in enumerate(parts, start=first + 1):
-            self._train_step([(*next(loaded), part) for part in own])
+        for index, examples in enumerate(self.examples(batches), start=first + 1):
+            self.take_step(examples)
             self.step += 1
             self.seconds += time.monotonic() - begin
             if index == self.steps_per_epoch:
@@ -308,7 +305,16 @@ class Run:
                     number,
                 )
 
-    def _train_step(self, examples: Sequence[Examples]) -> None:
+    def examples(self, batches: Sequence[Tensor]) -> Iterator[list[Examples]]:
+        """This process's parts of batches that are given by their rows in the training set."""
+        parts = [self._parts(len(batch)) for batch in batches]
+        rows = [batch[part.rows] for batch, own in zip(batches, parts, strict=True) for part in own]
+        loaded = self.data.train.parts(rows)
+        for own in parts:
+            yield [(*next(loaded), part) for part in own]
+
+    def take_step(self, examples: Sequence[Examples]) -> None:
+        """Move the weights as step number `step` does, which is for the caller to raise."""
         progress = self.step / self.total_steps
         lr = learning_rate(self.config, progress)
         self.stepper.step(examples, self.step, progress, lr, self.sums)
@@ -411,96 +417,21 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the last weights, estimate their trace, and write the summary."""
-        summary = self._summarize() if self.ranks.is_first else None
-        summary = self.ranks.from_first(summary)
-        assert summary is not None
-        return summary
-
-    def _summarize(self) -> dict[str, Any]:
-        config, batch_size = self.config, max(self.config.batch_size, 256)
-        self.model.eval()
-        train_loss, train_accuracy = evaluate(self.model, self.data.train, batch_size)
-        test_loss, test_accuracy = evaluate(self.model, self.data.test, batch_size)
-        if not math.isfinite(train_loss + test_loss):
-            raise NumericsError(
-                f"the train loss is {train_loss:g} and the test loss {test_loss:g} after the last "
-                f"step; the weights are in {self.folder.last}"
-            )
-        val = self.data.val
-        summary: dict[str, Any] = {
-            "schema": SCHEMA,
-            "regularizers": row_name(self.row),
-            "dataset": config.dataset,
-            "model": config.model,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "val_accuracy": None if val is None else evaluate(self.model, val, batch_size)[1],
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "calibration_error": calibration_error(self.model, self.data.test, batch_size),
-            "trace": self._trace(),
-            "input_jacobian": input_jacobian(self.model, self._summary_split(), batch_size).value,
-            "top_eigenvalue": self._top_eigenvalue(batch_size),
-            "trace_penalty": self._penalty_description(),
-            "seconds": self.seconds,
-            "device": str(self.device),
-            "versions": versions(),
-        }
-        self.folder.write_summary(summary)
-        self._unlock()
-        return summary
-
-    def _summary_split(self) -> Split:
-        split = self.data.train
-        if len(split) > _SUMMARY_EXAMPLES:
-            split = split.subset(stratified_order(split.labels, 0)[:_SUMMARY_EXAMPLES])
-        return split
-
-    def _top_eigenvalue(self, batch_size: int) -> float | None:
-        if not self.config.top_eigenvalue:
-            return None
-        return top_eigenvalue(self.model, self._summary_split(), batch_size, self.config.seed)
-
-    def seconds_of_steps(self, steps: int) -> float:
-        """The time of so many steps at full strength, after one to warm up; the run is spoilt."""
-        rows = torch.arange(min(self.config.batch_size, len(self.data.train)))
-        own = self._parts(len(rows))
-        examples = list(
-            zip(self.data.train.parts([rows[part.rows] for part in own]), own, strict=True)
-        )
-        batch = [(X, y, part) for (X, y), part in examples]
-        self.step = self.total_steps - 1
-        with torch.random.fork_rng(devices=[]):
-            self._train_step(batch)
-            self._synchronize()
-            begin = time.perf_counter()
-            for index in range(steps):
-                self.step = self.total_steps - 1 - index
-                self._train_step(batch)
-            self._synchronize()
-        return time.perf_counter() - begin
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _trace(self) -> dict[str, Any]:
-        split = self._summary_split()
-        config = EstimateConfig(
-            model=self.config.model, dataset=self.config.dataset, seed=self.config.seed,
-            batch_size=min(max(self.config.batch_size, 64), 250), max_seconds=60,
-            per_layer=True,
-        )  # fmt: skip
-        place = {"checkpoint": str(self.folder.last), "model": self.config.model,
-                 "dataset": self.config.dataset}  # fmt: skip
-        try:
-            record = trace_record(self.model, split, config, population=len(self.data.train))
-        except ModelError as problem:  # the training itself was fine
-            nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
-            return {**nothing, "reason": str(problem), "per_layer": [], **place}
-        return {**record, **place}
+        summary = None
+        if self.ranks.is_first:
+            summary = {
+                "schema": SCHEMA,
+                "regularizers": row_name(self.row),
+                **summarize(self.model, self.data, self.config, self.folder.last),
+                "trace_penalty": self._penalty_description(),
+                "seconds": self.seconds,
+                "device": str(self.device),
+                "versions": versions(),
+            }
+            self.folder.write_summary(summary)
+            self._unlock()
+        written: dict[str, Any] = self.ranks.from_first(summary)
+        return written
 
     def _penalty_description(self) -> dict[str, Any] | None:
         if "trace" not in self.row:

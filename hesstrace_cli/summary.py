@@ -1,0 +1,78 @@
+"""What a finished run is judged by: losses, accuracies, the trace and what stands beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hesstrace_cli.config import EstimateConfig, TrainConfig
+from hesstrace_cli.data import DataSet, Split, stratified_order
+from hesstrace_cli.errors import ModelError, NumericsError
+from hesstrace_cli.estimation import top_eigenvalue, trace_record
+from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
+
+_EXAMPLES = 2000  # of the trace; more make no difference to a comparison
+
+
+def summarize(
+    model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path
+) -> dict[str, Any]:
+    """The figures of the trained weights, in eval mode.
+
+    Args:
+        model: As trained.
+        data: What it was trained on; all splits are evaluated.
+        config: The run's.
+        checkpoint: Where the weights are saved.
+
+    Raises:
+        NumericsError: If a loss is not finite.
+    """
+    model.eval()
+    batch_size = max(config.batch_size, 256)
+    train_loss, train_accuracy = evaluate(model, data.train, batch_size)
+    test_loss, test_accuracy = evaluate(model, data.test, batch_size)
+    if not math.isfinite(train_loss + test_loss):
+        raise NumericsError(
+            f"the train loss is {train_loss:g} and the test loss {test_loss:g} after the last "
+            f"step; the weights are in {checkpoint}"
+        )
+    some = data.train
+    if len(some) > _EXAMPLES:
+        some = some.subset(stratified_order(some.labels, 0)[:_EXAMPLES])
+    return {
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "val_accuracy": None if data.val is None else evaluate(model, data.val, batch_size)[1],
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "calibration_error": calibration_error(model, data.test, batch_size),
+        "trace": _trace(model, some, len(data.train), config, checkpoint),
+        "input_jacobian": input_jacobian(model, some, batch_size).value,
+        "top_eigenvalue": top_eigenvalue(model, some, batch_size, config.seed)
+        if config.top_eigenvalue
+        else None,
+    }
+
+
+def _trace(
+    model: nn.Module, split: Split, population: int, config: TrainConfig, checkpoint: Path
+) -> dict[str, Any]:
+    settings = EstimateConfig(
+        model=config.model, dataset=config.dataset, seed=config.seed,
+        batch_size=min(max(config.batch_size, 64), 250), max_seconds=60, per_layer=True,
+    )  # fmt: skip
+    place = {"checkpoint": str(checkpoint), "model": config.model, "dataset": config.dataset}
+    try:
+        record = trace_record(model, split, settings, population=population)
+    except ModelError as problem:  # the training itself was fine
+        nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
+        return {**nothing, "reason": str(problem), "per_layer": [], **place}
+    return {**record, **place}
