@@ -13,6 +13,12 @@ class ConfigError(HesstraceError):
     exit_code = 2
 
 
+class LostProcess(HesstraceError):
+    """Another process of a job that `torchrun` started is gone."""
+
+    exit_code = 2
+
+
 class DataError(HesstraceError):
     """The data set is missing, empty, or holds values that no loss can be taken of."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,10 +14,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.errors import ConfigError, LostProcess
 
 Item = TypeVar("Item")
 _PATIENCE = timedelta(hours=2)  # the others wait while the first rank estimates the trace
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Where processes wait for each other.
+
+    Raises:
+        LostProcess: If one of them is gone.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        raise LostProcess(
+            "another process of the job is gone, and this one cannot go on alone; its own message "
+            f"says why. Start again with --resume ({' '.join(str(problem).split())[:160]})"
+        ) from problem
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class Ranks:
             by_type.setdefault(tensor.dtype, []).append(tensor)
         for own in by_type.values():
             flat = torch.cat([tensor.flatten() for tensor in own])
-            dist.all_reduce(flat)
+            with meeting():
+                dist.all_reduce(flat)
             for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
@@ -54,7 +74,8 @@ class Ranks:
         if self.size == 1:
             return number
         numbers = torch.tensor(number, device=device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        with meeting():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers.item())
 
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -63,7 +84,9 @@ class Ranks:
             yield from items
             return
         gathered: list[list[Item]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, list(items))
+        mine = list(items)
+        with meeting():
+            dist.all_gather_object(gathered, mine)
         for own in gathered:
             yield from own
 
@@ -72,7 +95,8 @@ class Ranks:
         if self.size == 1:
             return thing
         things = [thing]
-        dist.broadcast_object_list(things)
+        with meeting():
+            dist.broadcast_object_list(things)
         return things[0]
 
 

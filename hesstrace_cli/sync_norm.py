@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.parallel import Ranks
+from hesstrace_cli.parallel import Ranks, meeting
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
@@ -21,7 +21,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with meeting():
+            dist.all_reduce(total)
         return total
 
     @staticmethod

@@ -141,19 +141,25 @@ class Board:
 
 
 class StopRequest:
-    """Remembers SIGINT or SIGTERM, so that the run can save before it stops; a second one kills."""
+    """Remembers SIGINT or SIGTERM, so that the run can save before it stops.
+
+    A second one kills, unless it comes within a second: then it is the first one on another way,
+    as launchers pass on what their whole group has got already.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._since = 0.0
 
     def __call__(self) -> int | None:
         """The signal that came, or None."""
         return self.number
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
-        self.number = number
 
     def __enter__(self) -> StopRequest:
         """Take over the two signals."""
