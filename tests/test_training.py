@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.amp import GradScaler
 
 from hesstrace_cli.checkpoints import read_checkpoint
 from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
@@ -141,45 +140,6 @@ def test_penalty_lowers_the_trace_on_fashion_mnist(tmp_path, fashion_mnist):
     assert penalised < plain / 2
 
 
-def gradient_of_one_step(out, **settings):
-    """Of the loss with its penalty, at the initial weights."""
-    run = make_run(out, warmup=0, **settings)
-    if run.stepper.scaler.is_enabled():  # where no gradient overflows
-        run.stepper.scaler = GradScaler("cpu", init_scale=64.0)
-    next(run.advance())
-    return torch.cat([p.grad.flatten().double() for p in run.model.parameters()])
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"reg": "trace=0.1", "estimator": "hutchinson"},
-        {"reg": "trace=0.1"},
-        {"reg": "trace=0.1", "dropout_scheme": "entry"},
-        {"reg": "trace=0.001", "curvature": "hessian"},
-        {"reg": "trace=0.1", "model_arg": {"norm": "none"}},
-        {"reg": "trace=0.01", "curvature": "hessian", "model_arg": {"norm": "none"}},
-    ],
-)
-def test_half_precision_gives_the_same_gradient(tmp_path, precision, settings):
-    """To three times what the rounding does to the plain gradient, in the norm of the whole."""
-    errors = []
-    for name, reg in (("plain", {"reg": "none"}), ("penalised", {})):
-        full = gradient_of_one_step(tmp_path / f"{name}-full", **settings | reg)
-        half = gradient_of_one_step(tmp_path / name, precision=precision, **settings | reg)
-        errors.append(((half - full).norm() / full.norm()).item())
-    assert 1e-4 < errors[0] < 0.05
-    assert errors[1] < 3 * errors[0]
-
-
-@pytest.mark.parametrize("reg", ["none", "trace=0.1"])
-def test_channels_last_gives_the_same_gradient(tmp_path, reg):
-    full = gradient_of_one_step(tmp_path / "a", reg=reg)
-    other = gradient_of_one_step(tmp_path / "b", reg=reg, channels_last=True)
-    torch.testing.assert_close(other, full, rtol=1e-4, atol=1e-6)
-
-
 def test_half_precision_run_is_resumed_and_evaluated_in_full(tmp_path):
     settings = {"precision": "fp16", "reg": "trace=0.01", "model_arg": {"width": 4}}
     whole = train_to_end(tmp_path / "a", **settings)
@@ -230,52 +190,6 @@ def test_memory_does_not_grow(tmp_path, curvature):
     assert run.step == 500
     assert len(counts) == 5
     assert max(counts) - min(counts) <= 5
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"reg": "trace=0.1"},
-        {"reg": "trace=0.1", "dropout_scheme": "entry", "model_arg": {"norm": "none"}},
-        {"reg": "trace=0.001", "curvature": "hessian"},
-    ],
-)
-def test_the_function_that_is_compiled_gives_the_same_gradient(tmp_path, monkeypatch, settings):
-    """Without the compiler, which the slow test below has: the same draws, the same derivative."""
-    full = gradient_of_one_step(tmp_path / "a", **settings)
-    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    other = gradient_of_one_step(tmp_path / "b", compile=True, **settings)
-    torch.testing.assert_close(other, full, rtol=1e-3, atol=1e-4 * full.abs().max().item())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"reg": "none"},
-        {"reg": "trace=0.1"},
-        {"reg": "trace=0.1", "precision": "bf16"},
-        {"reg": "trace=0.001", "curvature": "hessian"},
-    ],
-)
-def test_compiled_gives_the_same_gradient(tmp_path, settings):
-    full = gradient_of_one_step(tmp_path / "a", **{**settings, "precision": "float32"})
-    compiled = gradient_of_one_step(tmp_path / "b", compile=True, **settings)
-    tolerance = 0.1 if "precision" in settings else 1e-3
-    assert (compiled - full).norm() < tolerance * full.norm()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"reg": "jacobian"}, "jacobian takes second derivatives"),
-        ({"reg": "grad-norm=0.1"}, "grad-norm takes second derivatives"),
-        ({"reg": "trace", "accumulate": 2}, "compiled"),
-    ],
-)
-def test_what_cannot_be_compiled_is_refused_by_name(tmp_path, settings, words):
-    with pytest.raises(ConfigError, match=words):
-        make_run(tmp_path / "a", compile=True, **settings)
 
 
 def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
