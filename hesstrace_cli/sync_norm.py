@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hesstrace_cli.curvature.differentiable import affine_per_channel, per_channel
 from hesstrace_cli.parallel import Ranks, meeting
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
@@ -69,21 +70,18 @@ class SyncedNorms(TorchFunctionMode):
             )
             return output
         X, dims = input.float() if input.element_size() < 4 else input, [0, *range(2, input.dim())]
-        shape = [1, -1, *[1] * (input.dim() - 2)]
         ones = X.new_full((1,), self.weight * X.numel() / X.shape[1])
         sums = _Sum.apply(torch.cat([self.weight * X.sum(dims), ones]))
         count = sums[-1]
-        mean = (sums[:-1] / count).view(shape)
+        mean = per_channel(sums[:-1] / count, X)
         centered = X - mean
         variance = _Sum.apply(self.weight * (centered * centered).sum(dims)) / count
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.flatten(), momentum)
                 running_var.lerp_(variance * count / (count - 1), momentum)
-        X = centered * torch.rsqrt(variance + eps).view(shape)
-        X = X if weight is None else X * weight.view(shape)
-        X = X if bias is None else X + bias.view(shape)
-        return X.to(input.dtype)
+        normalized = centered * per_channel(torch.rsqrt(variance + eps), X)
+        return affine_per_channel(normalized, weight, bias).to(input.dtype)
 
 
 def sync_norms(model: nn.Module, ranks: Ranks) -> SyncedNorms | None:

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from typer.testing import CliRunner
 
 from hesstrace_cli import grid
-from hesstrace_cli.cli import app
 from hesstrace_cli.comparison import holm, paired_difference, tabulate
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.curvature.objective import Objective, trainable
@@ -24,15 +22,9 @@ from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.estimation import top_eigenvalue
 from hesstrace_cli.evaluation import calibration_error
-from tests.conftest import make_run, train_to_end
+from tests.conftest import TINY, invoke, make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make
-
-TINY = ["--epochs", "1", "--train-examples", "100", "--model-arg", "width=4"]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
 
 def config(**settings):

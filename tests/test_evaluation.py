@@ -7,13 +7,11 @@ import json
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from hesstrace_cli.cli import app
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.evaluation import MOST_COLUMNS, input_jacobian
-from tests.conftest import train_to_end
+from tests.conftest import invoke, train_to_end
 
 
 def split_of(n, *shape):
@@ -65,7 +63,7 @@ def test_report(tmp_path):
     summary = run.finish()
     file = str(run.folder.last)
     arguments = ["estimate-trace", file, "--report", "--json", str(tmp_path / "t.json")]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "input Jacobian" in result.stdout
     assert "proves none" in result.stderr

@@ -6,18 +6,12 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from hesstrace_cli.cli import app
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.loading import load_checkpoint
-from tests.conftest import train_to_end
+from tests.conftest import invoke, train_to_end
 from tests.curvature import oracles
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.output import check_places, write_json
 from hesstrace_cli.config import EstimateConfig, resolve
 from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.reporting import plots, tables
@@ -36,12 +35,9 @@ def estimate_trace(
     """
     settings = resolve(EstimateConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import check_writable
     from hesstrace_cli.estimation import estimate_checkpoint
 
-    check_writable(settings.json)
-    check_writable(settings.plot)
-    plots.check_format(settings.plot)
+    check_places(settings.json, settings.plot)
     records = []
     failed: HesstraceError | None = None
     for path in checkpoints:
@@ -63,18 +59,11 @@ def estimate_trace(
 
 
 def _report(records: list[dict[str, Any]], settings: EstimateConfig, *, several: bool) -> None:
-    from hesstrace_cli.checkpoints import write_atomically
-
     content = {"schema": "hesstrace/traces/1", "traces": records} if several else records[0]
-    text = json.dumps(content, indent=2, allow_nan=False)
     if settings.plot is not None:
         plots.save(plots.plot_traces(records), settings.plot)
-    if settings.json == "-":
-        screen.echo(text)
-        return
-    if settings.json is not None:
-        write_atomically(Path(settings.json), text + "\n")
-    _show(records, settings)
+    if not write_json(content, settings.json):
+        _show(records, settings)
 
 
 def _on_pass(path: str) -> Any:

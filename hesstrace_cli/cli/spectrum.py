@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.output import check_places, write_json
 from hesstrace_cli.config import SpectrumConfig, resolve
 from hesstrace_cli.reporting import plots, spectra, tables
 
@@ -30,12 +29,9 @@ def spectrum(
     screen.refuse_processes("spectrum")
     settings = resolve(SpectrumConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import check_writable, write_atomically
     from hesstrace_cli.spectrum import spectrum_of_checkpoint
 
-    check_writable(settings.json)
-    check_writable(settings.plot)
-    plots.check_format(settings.plot)
+    check_places(settings.json, settings.plot)
     records = []
     for path in checkpoints:
         record, warnings = spectrum_of_checkpoint(path, settings)
@@ -43,16 +39,11 @@ def spectrum(
             screen.say(f"warning: {path}: {warning}")
         records.append(record)
     several = {"schema": "hesstrace/spectra/1", "spectra": records}
-    text = json.dumps(records[0] if len(records) == 1 else several, indent=2, allow_nan=False)
     if settings.plot is not None:
         plots.save(spectra.plot_spectra(records), settings.plot)
-    if settings.json == "-":
-        screen.echo(text)
-        return
-    if settings.json is not None:
-        write_atomically(Path(settings.json), text + "\n")
-    for record in records:
-        _show(record)
+    if not write_json(records[0] if len(records) == 1 else several, settings.json):
+        for record in records:
+            _show(record)
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.output import check_places, write_json
 from hesstrace_cli.config import VerifyConfig, resolve
 from hesstrace_cli.reporting import tables
 
@@ -25,17 +24,11 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     screen.refuse_processes("verify")
     settings = resolve(VerifyConfig, flags, config)
 
-    from hesstrace_cli.checkpoints import check_writable, write_atomically
     from hesstrace_cli.verify import verify as run
 
-    check_writable(settings.json)
+    check_places(settings.json)
     record = run(settings)
-    text = json.dumps(record, indent=2, allow_nan=False)
-    if settings.json == "-":
-        screen.echo(text)
-    else:
-        if settings.json is not None:
-            write_atomically(Path(settings.json), text + "\n")
+    if not write_json(record, settings.json):
         rows = [[row["check"], row["verdict"], row["detail"]] for row in record["rows"]]
         screen.show(tables.rich_table(settings.model, ("check", "verdict", ""), rows))
     if not record["right"]:

@@ -28,15 +28,17 @@ def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
     return centered * torch.rsqrt(variance + eps)
 
 
-def _per_channel(vector: Tensor, X: Tensor) -> Tensor:
+def per_channel(vector: Tensor, X: Tensor) -> Tensor:
+    """A vector over the channels, in a shape that multiplies X, (N, C, ...)."""
     return vector.reshape(1, -1, *([1] * (X.dim() - 2)))
 
 
-def _affine_per_channel(X: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def affine_per_channel(X: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """X times a weight plus a bias for each channel."""
     if weight is not None:
-        X = X * _per_channel(weight, X)
+        X = X * per_channel(weight, X)
     if bias is not None:
-        X = X + _per_channel(bias, X)
+        X = X + per_channel(bias, X)
     return X
 
 
@@ -62,8 +64,8 @@ def batch_norm(
         normalized = _normalize(input, dims, eps)
     else:
         scale = torch.rsqrt(running_var + eps)
-        normalized = (input - _per_channel(running_mean, input)) * _per_channel(scale, input)
-    return _affine_per_channel(normalized, weight, bias)
+        normalized = (input - per_channel(running_mean, input)) * per_channel(scale, input)
+    return affine_per_channel(normalized, weight, bias)
 
 
 def instance_norm(
@@ -81,7 +83,7 @@ def instance_norm(
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     normalized = _normalize(input, list(range(2, input.dim())), eps)
-    return _affine_per_channel(normalized, weight, bias)
+    return affine_per_channel(normalized, weight, bias)
 
 
 def layer_norm(
@@ -110,7 +112,7 @@ def group_norm(
     """Group norm from primitives."""
     grouped = input.reshape(input.shape[0], num_groups, -1)
     normalized = _normalize(grouped, [-1], eps).reshape(input.shape)
-    return _affine_per_channel(normalized, weight, bias)
+    return affine_per_channel(normalized, weight, bias)
 
 
 def rms_norm(
