@@ -84,3 +84,24 @@ def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[st
         return dict(offered)
     names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     return {name: value for name, value in offered.items() if name in names}
+
+
+def call_factory(
+    factory: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    spec: str,
+    error: type[HesstraceError],
+) -> Any:
+    """What the factory makes; what its own code raises goes through, with its traceback.
+
+    Raises:
+        HesstraceError: Of class `error`, if the factory cannot be called with these arguments.
+    """
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except ValueError:  # a callable without a signature
+        pass
+    except TypeError as problem:
+        given = ", ".join(arguments) or "no arguments"
+        raise error(f"{spec!r} cannot be called with {given}: {problem}") from problem
+    return factory(**arguments)

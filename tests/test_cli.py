@@ -65,6 +65,7 @@ def test_cuda_where_there_is_none():
         ("lr: fast", ["lr", "a number"]),
         ("reg: [", ["YAML"]),
         ("- 1", ["list"]),
+        ("lr: 1\nepochs: 2\nlr: 2", ["'lr' is there twice"]),
     ],
 )
 def test_wrong_config(tmp_path, text, words):
@@ -338,3 +339,64 @@ def test_a_full_disk_behind_stdout_and_a_terminal_without_unicode(checkpoint):
     result = subprocess.run([*command, "--per-layer"], capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert b"? stderr" in result.stdout
+
+
+PLUGINS = """
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+def needs(depth, num_classes):
+    return nn.Linear(depth, num_classes)
+
+def broken(num_classes):
+    return nn.Linear(None, num_classes)
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1), 0
+
+class Of(Dataset):
+    def __init__(self, example):
+        self.example = example
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return self.example
+
+def endless(): return Endless(), Endless()
+def image(): return Of(("picture", 0)), Of(("picture", 0))
+def word(): return Of((torch.zeros(3), "cat")), Of((torch.zeros(3), "cat"))
+def bare(): return Of(torch.zeros(3)), Of(torch.zeros(3))
+def folder(path): return Of(path), Of(path)
+def good(): return Of((torch.zeros(3), 0)), Of((torch.zeros(3), 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "code", "words"),
+    [
+        ("--model", "needs", 4, ["missing a required argument: 'depth'", "num_classes"]),
+        ("--dataset", "endless", 3, ["Endless", "with a length"]),
+        ("--dataset", "image", 3, ["an input is a str", "expected a tensor"]),
+        ("--dataset", "word", 3, ["label is 'cat'"]),
+        ("--dataset", "bare", 3, ["an example is a Tensor"]),
+        ("--dataset", "folder", 3, ["missing a required argument: 'path'"]),
+    ],
+)
+def test_factories_that_do_not_fit(tmp_path, flag, name, code, words):
+    (tmp_path / "plugins.py").write_text(PLUGINS)
+    result = invoke("train", flag, f"plugins.py:{name}", "--out", "r")
+    assert_one_line_error(result, code, *words)
+
+
+def test_a_bug_in_a_factory_keeps_its_traceback(tmp_path):
+    (tmp_path / "plugins.py").write_text(PLUGINS)
+    result = invoke("train", "--model", "plugins.py:broken", "--out", "r")
+    assert isinstance(result.exception, TypeError)
+
+
+def test_image_size_of_a_plugin_is_the_plugins_own(tmp_path):
+    (tmp_path / "plugins.py").write_text(PLUGINS)
+    result = invoke("train", "--dataset", "plugins.py:good", "--image-size", "8", "--out", "r")
+    assert_one_line_error(result, 2, "--image-size does not resize")

@@ -33,10 +33,22 @@ def resolve(config_class: type[ConfigT], flags: Mapping[str, Any], file: str | N
     return config_class(**{name: _convert(name, hints[name], v) for name, v in given.items()})
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, its keys counted."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"key {twice[0]!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(config_class: type[DataConfig], file: str) -> dict[str, Any]:
     """The settings in a YAML file, by field name, not yet converted."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.load(Path(file).read_text(), _EachKeyOnce)
     except OSError as problem:
         raise ConfigError(f"config {file!r} cannot be read: {problem.strerror}") from problem
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as problem:

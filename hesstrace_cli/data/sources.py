@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from hesstrace_cli.errors import ConfigError, DataError
-from hesstrace_cli.plugins import accepted, load_factory
+from hesstrace_cli.plugins import call_factory, load_factory
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -92,6 +92,10 @@ def open_source(
     if spec.endswith(".npz"):
         return _npz(Path(spec), image_size)
     if is_data_plugin(spec):
+        if image_size is not None:
+            raise ConfigError(
+                f"--image-size does not resize what {spec!r} gives; resize there, or leave it out"
+            )
         return _plugin(spec)
     known = ", ".join(["digits", *_TORCHVISION])
     raise ConfigError(
@@ -210,8 +214,40 @@ def _npz_part(path: Path, x: Any, y: Any, part: str, image_size: int | None) -> 
 
 def _plugin(spec: str) -> Source:
     factory = load_factory(spec, DataError)
-    made = factory(**accepted(factory, {}))
+    made = call_factory(factory, {}, spec, DataError)
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise DataError(f"{spec!r} gave a {type(made).__name__}, expected train and test Dataset")
     train, test = made
+    for part in made:
+        _check_dataset(part, spec)
     return Source(train, test, num_classes=getattr(train, "num_classes", None))
+
+
+def _check_dataset(part: Any, spec: str) -> None:
+    """Look at the first example.
+
+    Raises:
+        DataError: If the part is no Dataset of pairs of a tensor and a class number.
+    """
+    if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+        raise DataError(
+            f"{spec!r} gave a {type(part).__name__}, expected a Dataset with a length and numbered "
+            "examples"
+        )
+    if len(part) == 0:
+        return  # said later, with its name
+    example = part[0]
+    if not isinstance(example, (tuple, list)) or len(example) != 2:
+        raise DataError(
+            f"{spec!r}: an example is a {type(example).__name__}, expected an input and a label"
+        )
+    inputs, label = example
+    if not isinstance(inputs, (Tensor, np.ndarray)):
+        raise DataError(
+            f"{spec!r}: an input is a {type(inputs).__name__}, expected a tensor; torchvision's "
+            "v2.PILToTensor makes one of an image"
+        )
+    try:
+        int(label)
+    except (TypeError, ValueError) as problem:
+        raise DataError(f"{spec!r}: a label is {label!r}, expected a class number") from problem

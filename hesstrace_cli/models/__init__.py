@@ -14,7 +14,7 @@ from torchvision import models as torchvision_models
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
 from hesstrace_cli.models.small import MLP, small_cnn
-from hesstrace_cli.plugins import accepted, is_factory, load_factory
+from hesstrace_cli.plugins import accepted, call_factory, is_factory, load_factory
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": small_cnn,
@@ -58,7 +58,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = factory(**arguments)
+            model = call_factory(factory, arguments, f"model {spec}", ModelError)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError) as problem:
