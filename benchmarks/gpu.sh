@@ -4,8 +4,8 @@
 #     benchmarks/gpu.sh CIFAR_DIR [OUT] [EPOCHS]
 #
 # CIFAR_DIR holds CIFAR-10 as an image folder (train/ and test/, a folder a class). First the cost
-# of a penalised step on three networks; then ResNet-18 without a penalty and with one for as many
-# epochs, and without one for as long.
+# of a penalised step on three networks, and whether the data keeps up; then ResNet-18 without a
+# penalty and with one for as many epochs, and without one for as long.
 set -euo pipefail
 cifar=$1 out=${2:-gpu-results} epochs=${3:-30}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,6 +15,10 @@ for network in "small-cnn --image 8 --channels 1" "resnet18" "wrn-16-4"; do
     python "$here/step_cost.py" --grid --batch-size 128 --rounds 20 --model $network |
         tee "$out/step-cost-${network%% *}.md"
 done
+for size in "--image-size 32" "--workers 0 2 8 14"; do # held on the device, and read from files
+    # shellcheck disable=SC2086
+    python "$here/data.py" --dataset "imagefolder:$cifar" --model resnet18 $size
+done | tee "$out/data.md"
 train() { # name, epochs, further flags
     hesstrace train --model resnet18 --dataset "imagefolder:$cifar" --image-size 32 \
         --augment crop-flip --batch-size 128 --lr 0.1 --precision bf16 --channels-last \
