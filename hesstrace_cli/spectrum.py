@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from hesstrace_cli.stability import sentence, stability
 
 SCHEMA = "hesstrace/spectrum/1"
 _ASCENT_STEPS = 10
+_CONVERGED = 1e-3  # of the largest, as asked of the residuals
 _BULK = 0.99  # share of the eigenvalues that count as the bulk
 
 
@@ -81,14 +83,30 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    return {**record, **describe(path, loaded)}, loaded.warnings
+    return {**record, **describe(path, loaded)}, [*loaded.warnings, *_doubts(extremes, config)]
+
+
+def _doubts(extremes: Extremes, config: SpectrumConfig) -> Iterator[str]:
+    found = [*extremes.largest, extremes.smallest]
+    residuals = [*extremes.residuals, extremes.smallest_residual]
+    size = max(map(abs, found))
+    if max(residuals) > _CONVERGED * size:
+        yield (
+            f"after {extremes.products} products some eigenvalues have residuals of up to "
+            f"{max(residuals):.2g}; --max-products raises their number"
+        )
+    if len(extremes.largest) < config.top:
+        yield (
+            f"{len(extremes.largest)} of --top {config.top} eigenvalues were found after "
+            f"{extremes.products} products"
+        )
 
 
 def _spectrum(extremes: Extremes, density: Density) -> dict[str, Any]:
     trace, squares = density.moment(1), density.moment(2)
     frobenius = math.sqrt(max(0.0, squares.value))
     grid, values = density.on_grid()
-    edge = density.quantile(_BULK)
+    edge, negative = density.quantile(_BULK), density.share_below(0.0)
     return {
         "eigenvalues": extremes.largest,
         "residuals": extremes.residuals,
@@ -100,7 +118,8 @@ def _spectrum(extremes: Extremes, density: Density) -> dict[str, Any]:
         "trace_stderr": trace.stderr,
         "frobenius_norm": frobenius,
         "frobenius_norm_stderr": _root_error(squares, frobenius),
-        "negative_share": density.share_below(-extremes.smallest_residual),
+        "negative_share": negative.value,
+        "negative_share_bounds": [negative.low, negative.high],
         "effective_dimension": trace.value**2 / squares.value if squares.value > 0 else None,
         "bulk_edge": edge,
         "largest_over_bulk_edge": extremes.largest[0] / edge if edge > 0 else None,
@@ -156,9 +175,9 @@ def _stability(
     extremes: Extremes, density: Density, config: SpectrumConfig, loaded: Loaded
 ) -> dict[str, Any] | None:
     """None where neither the flags nor the checkpoint give a learning rate of SGD."""
-    run = loaded.run
-    adaptive = run.get("optimizer", "sgd") != "sgd"
-    lr = config.lr if config.lr is not None or adaptive else run.get("lr")
+    # What another optimizer calls so is something else.
+    run = loaded.run if loaded.run.get("optimizer", "sgd") == "sgd" else {}
+    lr = config.lr if config.lr is not None else run.get("lr")
     if lr is None:
         return None
     momentum = config.momentum if config.momentum is not None else run.get("momentum", 0.0)
@@ -167,7 +186,8 @@ def _stability(
     report = stability(
         extremes.largest,
         smallest=extremes.smallest,
-        negative_share=density.share_below(-extremes.smallest_residual - weight_decay),
+        smallest_residual=extremes.smallest_residual,
+        negative=density.share_below(-weight_decay),
         size=density.size,
         lr=lr,
         momentum=momentum,
@@ -175,4 +195,6 @@ def _stability(
         nesterov=nesterov,
     )
     finite = {k: _finite(v) if isinstance(v, float) else v for k, v in report.items()}
-    return {**finite, "sentence": sentence(report)}
+    matrix = "Hessian" if config.curvature == "hessian" else "Gauss-Newton matrix"
+    own = config.lr is None and run.get("schedule", "constant") != "constant"
+    return {**finite, "sentence": sentence(report, matrix, "the run's initial" if own else "a")}

@@ -8,9 +8,8 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import check_places, write_json
+from hesstrace_cli.cli.output import check_places, records_of, write_json
 from hesstrace_cli.config import EstimateConfig, resolve
-from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.reporting import plots, tables
 
 if TYPE_CHECKING:
@@ -38,32 +37,21 @@ def estimate_trace(
     from hesstrace_cli.estimation import estimate_checkpoint
 
     check_places(settings.json, settings.plot)
-    records = []
-    failed: HesstraceError | None = None
-    for path in checkpoints:
-        try:
-            record, warnings = estimate_checkpoint(path, settings, _on_pass(path))
-        except HesstraceError as problem:
-            if len(checkpoints) == 1:
-                raise
-            screen.complain(f"error: {path}: {problem}")  # the others have their rows
-            failed = failed or problem
-            continue
-        for warning in warnings:
-            screen.say(f"warning: {path}: {warning}")
-        records.append(record)
+    records, code = records_of(
+        checkpoints, lambda path: estimate_checkpoint(path, settings, _on_pass(path))
+    )
     if records and not screen.is_second():
         _report(records, settings, several=len(checkpoints) > 1)
-    if failed is not None:
-        raise typer.Exit(failed.exit_code)
+    if code:
+        raise typer.Exit(code)
 
 
 def _report(records: list[dict[str, Any]], settings: EstimateConfig, *, several: bool) -> None:
     content = {"schema": "hesstrace/traces/1", "traces": records} if several else records[0]
-    if settings.plot is not None:
-        plots.save(plots.plot_traces(records), settings.plot)
     if not write_json(content, settings.json):
         _show(records, settings)
+    if settings.plot is not None:
+        plots.save(plots.plot_traces(records), settings.plot)
 
 
 def _on_pass(path: str) -> Any:

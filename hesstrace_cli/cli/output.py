@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.cli import screen
+from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.reporting import plots
 
 
@@ -21,6 +23,34 @@ def check_places(json_file: str | None, plot: str | None = None) -> None:
     check_writable(json_file)
     check_writable(plot)
     plots.check_format(plot)
+
+
+def records_of(
+    paths: Sequence[str], record_of: Callable[[str], tuple[dict[str, Any], list[str]]]
+) -> tuple[list[dict[str, Any]], int]:
+    """The record of every checkpoint; of several, one that fails does not hide the others.
+
+    Args:
+        paths: The checkpoints.
+        record_of: Gives the record and warnings.
+
+    Returns:
+        The records, and the exit code of the first failure, or 0.
+    """
+    records, code = [], 0
+    for path in paths:
+        try:
+            record, warnings = record_of(path)
+        except HesstraceError as problem:
+            if len(paths) == 1:
+                raise
+            screen.complain(f"error: {path}: {problem}")
+            code = code or problem.exit_code
+            continue
+        for warning in warnings:
+            screen.say(f"warning: {path}: {warning}")
+        records.append(record)
+    return records, code
 
 
 def write_json(content: dict[str, Any], place: str | None) -> bool:

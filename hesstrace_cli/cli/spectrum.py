@@ -8,7 +8,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import check_places, write_json
+from hesstrace_cli.cli.output import check_places, records_of, write_json
 from hesstrace_cli.config import SpectrumConfig, resolve
 from hesstrace_cli.reporting import plots, spectra, tables
 
@@ -32,18 +32,16 @@ def spectrum(
     from hesstrace_cli.spectrum import spectrum_of_checkpoint
 
     check_places(settings.json, settings.plot)
-    records = []
-    for path in checkpoints:
-        record, warnings = spectrum_of_checkpoint(path, settings)
-        for warning in warnings:
-            screen.say(f"warning: {path}: {warning}")
-        records.append(record)
-    several = {"schema": "hesstrace/spectra/1", "spectra": records}
-    if settings.plot is not None:
-        plots.save(spectra.plot_spectra(records), settings.plot)
-    if not write_json(records[0] if len(records) == 1 else several, settings.json):
-        for record in records:
-            _show(record)
+    records, code = records_of(checkpoints, lambda path: spectrum_of_checkpoint(path, settings))
+    if records:
+        several = {"schema": "hesstrace/spectra/1", "spectra": records}
+        if not write_json(several if len(checkpoints) > 1 else records[0], settings.json):
+            for record in records:
+                _show(record)
+        if settings.plot is not None:
+            plots.save(spectra.plot_spectra(records), settings.plot)
+    if code:
+        raise typer.Exit(code)
 
 
 def _show(record: dict[str, Any]) -> None:

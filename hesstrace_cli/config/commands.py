@@ -300,7 +300,11 @@ class SpectrumConfig(CheckpointConfig):
         None, "learning rate to judge (default: the run's)", panel="Stability", above=0
     )
     momentum: float | None = option(
-        None, "momentum to judge (default: the run's)", panel="Stability", minimum=0, maximum=1
+        None,
+        "momentum to judge (default: the run's)",
+        panel="Stability",
+        minimum=0,
+        maximum=0.99999,
     )
     nesterov: bool | None = option(
         None, "whether it is Nesterov's (default: as in the run)", panel="Stability"

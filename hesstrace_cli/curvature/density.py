@@ -28,6 +28,15 @@ from hesstrace_cli.curvature.statistics import Mean, means
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share, and bounds of it for the vectors that were drawn, their own chance left out."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Density:
     """Nodes and weights of each probe's quadrature.
 
@@ -48,10 +57,18 @@ class Density:
         ]
         return means(torch.stack(samples)[:, None])[0]
 
-    def share_below(self, bound: float) -> float:
-        """The estimated share of the eigenvalues below a bound."""
-        pairs = zip(self.nodes, self.weights, strict=True)
-        return torch.stack([w[x < bound].sum() for x, w in pairs]).mean().item()
+    def share_below(self, cut: float) -> Share:
+        """The share of the eigenvalues below a cut, with the bounds that the quadrature sets.
+
+        With c nodes below the cut, the measure below it lies between the first c - 1 weights and
+        the first c + 1 (Chebyshev, Markov, Stieltjes): wide where many eigenvalues are near it.
+        """
+        shares = []
+        for x, w in zip(self.nodes, self.weights, strict=True):
+            sums = torch.cat([w.new_zeros(2), w.cumsum(0), w.new_ones(1)])
+            count = int((x < cut).sum())
+            shares.append(sums[[count + 1, count, count + 2]])
+        return Share(*torch.stack(shares).mean(0).clamp(0, 1).tolist())
 
     def quantile(self, share: float) -> float:
         """The estimated eigenvalue below which so large a share of them lies."""
@@ -63,11 +80,13 @@ class Density:
         """The density, each node a Gaussian of standard deviation `width` times the range.
 
         Returns:
-            Eigenvalues and the share of the eigenvalues per unit of eigenvalue.
+            Eigenvalues and the share of the eigenvalues per unit of eigenvalue; of a matrix that
+            is 0, a bell of standard deviation 1.
         """
         nodes, weights = torch.cat(self.nodes), torch.cat(self.weights) / len(self.nodes)
         low, high = nodes.min().item(), nodes.max().item()
-        sigma = max(width * (high - low), 1e-12 * max(abs(low), abs(high), 1e-300))
+        size = max(abs(low), abs(high))
+        sigma = max(width * (high - low), 1e-3 * size) if size > 1e-30 else 1.0
         grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)
         bells = torch.exp(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2))
         values = bells @ weights / (sigma * (2 * torch.pi) ** 0.5)

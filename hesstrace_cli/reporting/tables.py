@@ -168,9 +168,13 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         rows.append([name, number(value), text])
 
     add("smallest eigenvalue", record["smallest"], record["smallest_residual"])
-    add("trace", record["trace"], record["trace_stderr"])
-    add("Frobenius norm", record["frobenius_norm"], record["frobenius_norm_stderr"])
-    rows.append(["share of negative eigenvalues", f"{record['negative_share']:.1%}", "estimated"])
+    add("trace (standard error)", record["trace"], record["trace_stderr"])
+    add(
+        "Frobenius norm (standard error)", record["frobenius_norm"], record["frobenius_norm_stderr"]
+    )
+    low, high = record["negative_share_bounds"]
+    between = f"estimated, {low:.1%} to {high:.1%}"
+    rows.append(["share of negative eigenvalues", f"{record['negative_share']:.1%}", between])
     add("effective dimension, trace^2 / norm^2", record["effective_dimension"])
     add("bulk edge, 99 % of eigenvalues below", record["bulk_edge"])
     add("largest eigenvalue / bulk edge", record["largest_over_bulk_edge"])
@@ -183,9 +187,10 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         add("largest stable learning rate", stability["largest_stable_lr"])
         unstable = str(stability["num_unstable"])
         more = " or more" if stability["num_unstable_is_lower_bound"] else ""
-        rows.append(["unstable directions of gradient descent", unstable + more, ""])
-        flow = str(stability["flow_unstable_directions"])
-        rows.append(["unstable directions of gradient flow", flow, "estimated"])
+        rows.append(["directions above the threshold", unstable + more, ""])
+        low, high = stability["flow_unstable_bounds"]
+        flow, between = str(stability["flow_unstable_directions"]), f"estimated, {low} to {high}"
+        rows.append(["unstable directions of gradient flow", flow, between])
         add("fastest time constant of gradient flow", stability["fastest_time_constant"])
         slowest = stability["slowest_time_constant"]
         name = "slowest time constant of gradient flow"

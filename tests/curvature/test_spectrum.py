@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hesstrace_cli.curvature.density import spectral_density
+from hesstrace_cli.curvature.density import Share, spectral_density
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, trainable
@@ -120,7 +120,7 @@ def test_density_and_its_moments():
     step = grid[1] - grid[0]
     assert sum(values) * step == pytest.approx(1, rel=1e-3)
     negative = (eigenvalues < 0).double().mean().item()
-    assert density.share_below(0) == pytest.approx(negative, abs=0.03)
+    assert density.share_below(0).value == pytest.approx(negative, abs=0.03)
     assert density.quantile(0.5) == pytest.approx(eigenvalues.median().item(), abs=0.03)
 
 
@@ -188,24 +188,64 @@ def test_threshold_is_where_gradient_descent_turns(momentum, nesterov, weight_de
 
 
 def test_report_counts_and_says_it():
-    settings = {"smallest": -0.5, "negative_share": 0.25, "size": 40, "weight_decay": 0.0}
+    settings = {
+        "smallest": -0.5, "smallest_residual": 1e-6, "negative": Share(0.25, 0.1, 0.5), "size": 40,
+        "weight_decay": 0.0,
+    }  # fmt: skip
+    convex = {**settings, "smallest": 0.1, "negative": Share(0, 0, 0)}
     report = stability([30.0, 21.0, 5.0], lr=0.1, momentum=0.0, **settings)
     assert (report["threshold"], report["num_unstable"]) == (20, 2)
     assert report["largest_over_threshold"] == 1.5
     assert report["largest_stable_lr"] == pytest.approx(2 / 30)
     assert report["flow_unstable_directions"] == 10
-    assert "not linearly stable" in sentence(report)
-    calm = stability([3.0], lr=0.1, momentum=0.9, **settings)
+    assert report["flow_unstable_bounds"] == [4, 20]
+    assert "not linearly stable here: 2 eigenvalue(s)" in sentence(report)
+    assert "about 10 directions of negative curvature (between 4 and 20)" in sentence(report)
+    calm = stability([3.0], lr=0.1, momentum=0.9, **convex)
     assert calm["threshold"] == pytest.approx(38)
-    assert not calm["num_unstable"]
-    assert "is linearly stable" in sentence(calm)
-    assert calm["slowest_time_constant"] is None
-    decaying = {**settings, "smallest": 0.5, "weight_decay": 0.5}
-    assert stability([3.5], lr=0.1, momentum=0.9, **decaying)["slowest_time_constant"] == 1
+    assert calm["linearly_stable"]
+    assert "descent is linearly stable" in sentence(calm)
+    saddle = stability([3.0], lr=0.1, momentum=0.9, **settings)
+    assert (saddle["num_unstable"], saddle["linearly_stable"]) == (0, False)
+    assert "no step overshoots" in sentence(saddle)
+    assert "not linearly stable" in sentence(saddle)
+    assert saddle["slowest_time_constant"] is None
+    hill = stability([-0.1], lr=0.1, momentum=0.0, **settings)
+    assert "moves away" in sentence(hill)
+    decaying = {**convex, "smallest": -0.25, "weight_decay": 0.5}
+    assert stability([3.5], lr=0.1, momentum=0.9, **decaying)["slowest_time_constant"] == 4
+    unknown = {**decaying, "smallest_residual": 0.3}  # it may as well be 0
+    assert stability([3.5], lr=0.1, momentum=0.9, **unknown)["slowest_time_constant"] == 2
     swift = stability([3.0], lr=0.1, momentum=0.9, nesterov=True, **settings)
     assert swift["threshold"] == pytest.approx(2 * 1.9 / (0.1 * 2.8))
     assert swift["largest_stable_lr"] == pytest.approx(2 * 1.9 / (3 * 2.8))
     assert "Nesterov" in sentence(swift)
-    more = stability([30.0, 25.0], lr=0.1, momentum=0.0, **settings)
+    more = stability([30.0, 25.0], lr=0.1, momentum=0.0, **convex)
     assert more["num_unstable_is_lower_bound"]
     assert "2 or more" in sentence(more)
+
+
+def test_negative_curvature_is_left_at_every_rate():
+    assert descend([1.0, -0.1], lr=0.5, momentum=0.0, nesterov=False) > 10
+    assert descend([1.0, -0.1], lr=0.05, momentum=0.0, nesterov=False) > 5
+
+
+@pytest.mark.parametrize("cut", [-2.0, -0.5, -0.01, 0.0, 0.1, 0.29, 3.0, 20.0])
+@pytest.mark.parametrize("steps", [3, 10, 40])
+def test_the_share_below_a_cut_lies_within_its_bounds(cut, steps):
+    """For the measure that the start vectors see, whatever the number of steps."""
+    eigenvalues = outliers_and_bulk()
+    A, z = matrix_of(eigenvalues), start(300)
+    density = spectral_density(A, [z], steps=steps)
+    Q = torch.linalg.eigh(A).eigenvectors
+    seen = (Q.mT @ (z / z.norm())).square()
+    truth = seen[torch.linalg.eigvalsh(A) < cut].sum().item()
+    share = density.share_below(cut)
+    assert share.low - 1e-9 <= truth <= share.high + 1e-9
+    assert share.low <= share.value <= share.high
+
+
+def test_the_density_of_a_zero_matrix():
+    density = spectral_density(matrix_of([0.0] * 9), [start(9)], steps=4)
+    grid, values = density.on_grid()
+    assert sum(values) * (grid[1] - grid[0]) == pytest.approx(1, rel=1e-3)
