@@ -35,8 +35,6 @@ from hesstrace_cli.steps import (
     Examples,
     Stepper,
     Sums,
-    random_state,
-    set_random_state,
     split_batch,
 )
 from hesstrace_cli.summary import summarize
@@ -128,7 +126,6 @@ class Run:
         )  # fmt: skip
         self.step, self.seconds, self.best_accuracy = 0, 0.0, -1.0
         self.sums = Sums.zero(self.device)
-        self.model_random_state: Tensor | None = None
         self.events = Events(self.folder.path / "tensorboard" if config.tensorboard else None)
         # Last: what fails before leaves no folder behind.
         self.lock = self.folder.lock() if self.ranks.is_first else None
@@ -274,12 +271,6 @@ class Run:
     def _epoch(
         self, epoch: int, first: int, should_stop: Callable[[], int | None]
     ) -> Iterator[Progress]:
-        # The global state serves the model's own Dropout alone.
-        key = epoch + (self.ranks.rank << 44)
-        torch.manual_seed(derived_seed(self.config.seed, "model", key))
-        if self.model_random_state is not None:
-            set_random_state(self.model_random_state, self.device)
-            self.model_random_state = None
         generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
         order = order[: self.steps_per_epoch * self.config.batch_size]
@@ -314,7 +305,13 @@ class Run:
             yield [(*next(loaded), part) for part in own]
 
     def take_step(self, examples: Sequence[Examples]) -> None:
-        """Move the weights as step number `step` does, which is for the caller to raise."""
+        """Move the weights as step number `step` does, which is for the caller to raise.
+
+        The global random state, which the model's own Dropout draws from, is seeded for the step,
+        so that a run resumed in mid-epoch needs none saved, in any of its processes.
+        """
+        key = self.step + (self.ranks.rank << 44)
+        torch.manual_seed(derived_seed(self.config.seed, "model", key))
         progress = self.step / self.total_steps
         lr = learning_rate(self.config, progress)
         self.stepper.step(examples, self.step, progress, lr, self.sums)
@@ -392,7 +389,6 @@ class Run:
                 "best_accuracy": self.best_accuracy,
                 "sums": dataclasses.asdict(self.sums),
                 "scaler": self.stepper.scaler.state_dict(),
-                "random_state": random_state(self.device),
                 "config": settings,
                 "preprocess": self.data.preprocess.as_dict(),
                 "num_classes": self.data.num_classes,
@@ -412,8 +408,6 @@ class Run:
             k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
         }
         self.sums = Sums(**moved)
-        if self.step % self.steps_per_epoch:
-            self.model_random_state = checkpoint["random_state"]
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the last weights, estimate their trace, and write the summary."""

@@ -73,3 +73,4 @@ def test_report(tmp_path):
     assert report["train_loss"] == pytest.approx(summary["train_loss"], rel=1e-5)
     assert report["input_jacobian"] == pytest.approx(summary["input_jacobian"], rel=1e-5)
     assert report["trace"] == record["trace"]
+    assert report["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)

@@ -47,7 +47,7 @@ def test_accumulation_equals_the_big_batch(tmp_path, penalty):
             assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-4))
 
 
-def test_accumulation_leaves_statistics_and_dropout_masks_of_one_pass(tmp_path):
+def test_accumulation_counts_its_statistics_once(tmp_path):
     settings = {"reg": "trace=0.01,dropout=0.5", "accumulate": 2, "warmup": 0}
     run = train_to_end(tmp_path / "a", **settings)
     counts = [b for n, b in run.model.named_buffers() if "num_batches" in n]

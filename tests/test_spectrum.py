@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hesstrace_cli.config import SpectrumConfig
+from hesstrace_cli.curvature.flatness import Landscape, average_sharpness
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.loading import load_checkpoint
 from tests.conftest import invoke, train_to_end
@@ -48,6 +49,22 @@ def test_record_is_that_of_the_dense_matrix(checkpoint, curvature):
     assert abs(record["trace"] - dense.trace().item()) < 4 * record["trace_stderr"]
     norm = torch.linalg.matrix_norm(dense).item()
     assert abs(record["frobenius_norm"] - norm) < 4 * record["frobenius_norm_stderr"]
+    assert record["trace_stderr"] < 0.2 * dense.trace()
+    assert record["frobenius_norm_stderr"] < 0.2 * norm
+    dimension = dense.trace().item() ** 2 / norm**2
+    assert record["effective_dimension"] == pytest.approx(dimension, rel=0.3)
+    low, high = record["negative_share_bounds"]
+    assert low - 0.05 <= (eigenvalues < 0).double().mean() <= high + 0.05
+    assert record["bulk_edge"] == pytest.approx(eigenvalues.quantile(0.99).item(), rel=0.3)
+    flatness = record["flatness"]
+    landscape = Landscape(objective, lambda: [(X, y)], len(X))
+    for name, normalized in (("plain", False), ("filter_normalized", True)):
+        average = average_sharpness(
+            landscape, radius=flatness["radius"], normalized=normalized,
+            num_directions=flatness["num_directions"],
+            generator=torch.Generator().manual_seed(record["seed"]),
+        )  # fmt: skip
+        assert flatness[name]["average"] == pytest.approx(average.value, rel=1e-6)
     stability = record["stability"]
     assert (stability["lr"], stability["momentum"]) == (0.05, 0.9)  # the run's
     assert stability["threshold"] == pytest.approx(2 * 1.9 / 0.05)
@@ -88,3 +105,47 @@ def test_flatness_and_slices_of_two_checkpoints(checkpoint, tmp_path):
     assert invoke("spectrum", checkpoint, "--slice", "1").exit_code == 2
     even = invoke("spectrum", checkpoint, "--slice", "1", "--slice-points", "4", "--json", "-")
     assert even.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"weight_decay": 0.01}, {"weight_decay": 0.01, "momentum": 0.9, "nesterov": False}),
+        (
+            {"nesterov": True, "momentum": 0.5},
+            {"momentum": 0.5, "nesterov": True},
+        ),
+        ({"optimizer": "adamw", "lr": 0.001}, None),
+    ],
+)
+def test_the_stability_is_that_of_the_run(tmp_path, settings, expected):
+    small = {"model_arg": {"width": 4, "depth": 1}, "image_size": 4, "epochs": 1}
+    run = train_to_end(tmp_path / "r", model="mlp", **small, **settings)
+    flags = ("--top", "1", "--num-probes", "1", "--steps", "10", "--json", "-")
+    record = json.loads(invoke("spectrum", run.folder.last, *flags).stdout)
+    if expected is None:
+        assert record["stability"] is None
+        return
+    assert {key: record["stability"][key] for key in expected} == expected
+    assert "the run's initial learning rate" in record["stability"]["sentence"]
+
+
+def test_a_flat_checkpoint_and_one_that_is_none(tmp_path, checkpoint):
+    content = torch.load(checkpoint)
+    for tensor in content["state_dict"].values():
+        tensor.mul_(1e4)
+    torch.save(content, tmp_path / "flat.pt")
+    (tmp_path / "none.pt").write_text("nothing")
+    flags = ("--plot", tmp_path / "p.png", "--json", tmp_path / "j.json")
+    result = invoke("spectrum", tmp_path / "flat.pt", tmp_path / "none.pt", *flags)
+    assert result.exit_code == 4
+    assert "none.pt" in result.stderr
+    records = json.loads((tmp_path / "j.json").read_text())["spectra"]
+    assert len(records) == 1
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_doubts_are_said(checkpoint):
+    result = invoke("spectrum", checkpoint, "--max-products", "3", "--steps", "3", "--top", "5")
+    assert "--max-products raises" in result.stderr
+    assert "3 of --top 5 eigenvalues" in result.stderr

@@ -131,6 +131,20 @@ def test_in_single_precision(tmp_path, settings):
     assert error_of(gradient_of_one_step(tmp_path / "b", **settings), truth) < SINGLE
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_terms_add_up(tmp_path, curvature):
+    """The penalty's own pass gives the plain loss only where no other term needs it."""
+    settings = {"curvature": curvature, "model_arg": GELU}
+    none, first, second, both = (
+        gradient_of_one_step(tmp_path / str(number), reg=reg, **settings)
+        for number, reg in enumerate(
+            ("none", "trace=0.01", "jacobian=0.1", "trace=0.01,jacobian=0.1")
+        )
+    )
+    assert error_of(both - none, (first - none) + (second - none)) < 1e-4
+    assert error_of(first - none, second - none) > 0.1
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("settings", [*OF_G, *OF_H], ids=names)
 def test_in_half_precision(tmp_path, settings, precision):

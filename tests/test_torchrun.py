@@ -58,6 +58,11 @@ def test_two_processes_give_the_same_weights(tmp_path, penalty):
     assert_close(a, b)
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")]
     assert summaries[1]["test_loss"] == pytest.approx(summaries[0]["test_loss"], rel=1e-4)
+    lines = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    for a, b in zip(*lines, strict=True):
+        a, b = json.loads(a), json.loads(b)
+        for key in ("train_loss", "train_accuracy", "penalty_trace", "val_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3)
     assert two.stdout.count("test accuracy") == 1  # one process speaks
     assert one.stdout.count("test accuracy") == 1
     again = torchrun(2, *flags, "--out", tmp_path / "two", "--accumulate", "2", "--resume")
@@ -128,7 +133,7 @@ def kill_second(process):
     os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
 
 
-LONGER = [*TRAIN, "--reg", "trace=0.01", "--epochs", "30"]
+LONGER = [*TRAIN, "--reg", "trace=0.01,dropout=0.3", "--epochs", "30"]
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,17 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.amp import GradScaler
 
 from hesstrace_cli.checkpoints import read_checkpoint
+from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
+from hesstrace_cli.estimation import top_eigenvalue
+from hesstrace_cli.parallel import Ranks
+from hesstrace_cli.regularizers import trace
+from hesstrace_cli.training import learning_rate
 from tests.conftest import make_run, train_to_end
 
 PENALTIES = [
@@ -198,3 +205,123 @@ def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
         list(run.advance())
     lines = [json.loads(x) for x in run.folder.metrics.read_text().splitlines()]
     assert lines[0]["skipped_steps"] == run.steps_per_epoch
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"reg": "dropout=0.5"}, {"reg": "trace=0.01,dropout=0.5", "augment": "crop-flip"},
+     {"reg": "none", "precision": "fp16"}],
+)  # fmt: skip
+def test_resumed_in_mid_epoch_with_randomness_of_every_kind(tmp_path, settings):
+    whole, run = (make_run(tmp_path / name, **settings, batch_size=50) for name in "ab")
+    if run.stepper.scaler.is_enabled():  # not the scale that a new run begins with
+        for each in (whole, run):
+            each.stepper.scaler = GradScaler("cpu", init_scale=128.0)
+    list(whole.advance())
+    with pytest.raises(Stopped):
+        list(run.advance(lambda: 15 if run.step == 2 else None))
+    again = train_to_end(tmp_path / "b", resume=True, **settings, batch_size=50)
+    assert same(weights(whole), weights(again))
+    assert again.best_accuracy == whole.best_accuracy
+    assert again.stepper.scaler.state_dict() == whole.stepper.scaler.state_dict()
+
+
+def test_best_accuracy_survives_a_resume(tmp_path):
+    run = make_run(tmp_path / "a", epochs=3)
+    with pytest.raises(Stopped):
+        list(run.advance(lambda: 15 if run.step == run.steps_per_epoch + 1 else None))
+    run.best_accuracy = 2.0  # above what any epoch reaches
+    run._save(run.folder.last)
+    run.lock.release()
+    before = (tmp_path / "a" / "best.pt").read_bytes()
+    again = train_to_end(tmp_path / "a", epochs=3, resume=True)
+    assert again.best_accuracy == 2.0
+    assert (tmp_path / "a" / "best.pt").read_bytes() == before
+
+
+def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
+    drawn, keys = [], []
+    real = trace.rademacher
+
+    def recorded(*args, **kwargs):
+        drawn.append(real(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(trace, "rademacher", recorded)
+    run = make_run(tmp_path / "a", reg="trace=0.01", warmup=0, batch_size=20)
+    steps = run.advance()
+    next(steps), next(steps)
+    assert len(drawn) == 2
+    assert not torch.equal(*drawn)
+
+    run = make_run(tmp_path / "b", accumulate=2, augment="crop-flip", batch_size=100)
+    generators = run.stepper.generators
+    run.stepper.generators = lambda *key: (keys.append(key), generators(*key))[1]
+    seen = []
+    run.model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    list(run.advance())
+    numbers = [number for stream, number in keys if stream == "augmentation"]
+    assert len(numbers) == len(set(numbers)) == 2 * run.total_steps
+    monkeypatch.setattr(Ranks, "sum_", lambda *_: None)
+    run.stepper.ranks = Ranks(1, 2)
+    keys.clear()
+    (examples,) = run.examples([torch.arange(100)])
+    run.step = 0
+    run.take_step(examples)
+    assert not {number for stream, number in keys if stream == "augmentation"} & set(numbers)
+    plain = {tuple(x.flatten().tolist()) for x in next(run.data.train.batches(1000))[0]}
+    assert any(tuple(x.flatten().tolist()) not in plain for x in seen[1])  # cropped
+
+
+def test_rounds_of_a_batch_see_the_same_dropout_masks(tmp_path):
+    run = make_run(
+        tmp_path / "a", reg="trace=0.01,dropout=0.5", accumulate=2, warmup=0,
+        model_arg={"width": 4, "norm": "none"},
+    )  # fmt: skip
+    outputs = []
+    run.model.register_forward_hook(lambda _m, _i, output: outputs.append(output.detach()))
+    next(run.advance())
+    first, second, *again = outputs[-4:]  # the gathering round, then the step's own
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, second)
+
+
+def test_channels_last_reaches_the_model(tmp_path):
+    run = make_run(tmp_path / "a", channels_last=True, model_arg={"width": 4})
+    seen = []
+    run.model[3].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    next(run.advance())
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[-1].is_contiguous()
+
+
+def test_learning_rates():
+    def rates(schedule, *at):
+        config = TrainConfig(lr=2.0, schedule=schedule)
+        return [learning_rate(config, progress) for progress in at]
+
+    assert rates("cosine", 0.0, 0.5, 1.0) == pytest.approx([2, 1, 0])
+    assert rates("step", 0.0, 0.3, 0.6, 0.8) == pytest.approx([2, 0.4, 0.08, 0.016])
+    assert rates("constant", 0.0, 0.99) == [2, 2]
+
+
+def test_the_summary_is_of_the_splits_it_names(tmp_path):
+    run = train_to_end(tmp_path / "a", epochs=6, train_examples=None, top_eigenvalue=True)
+    summary = run.finish()
+    model = run.model.eval()
+    for name in ("train", "val", "test"):
+        split = getattr(run.data, name)
+        X, y = next(split.batches(len(split)))
+        logits = model(X).detach()
+        accuracy, loss = (logits.argmax(1) == y).float().mean(), F.cross_entropy(logits, y)
+        assert summary[f"{name}_accuracy"] == pytest.approx(accuracy.item())
+        assert name == "val" or summary[f"{name}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    sure, right = F.softmax(logits, 1).max(1).values, (logits.argmax(1) == y).float()
+    bins = [(sure > i / 15) & (sure <= (i + 1) / 15) for i in range(15)]
+    gaps = sum((right[b].sum() - sure[b].sum()).abs() for b in bins) / len(y)
+    assert summary["calibration_error"] == pytest.approx(gaps.item(), rel=1e-4)
+    train = run.data.train
+    top = top_eigenvalue(model, train, len(train), 0)
+    assert summary["top_eigenvalue"] == pytest.approx(top, rel=1e-2)
+    assert top_eigenvalue(model, run.data.test, 600, 0) != pytest.approx(top, rel=1e-2)

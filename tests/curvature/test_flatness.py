@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -176,3 +178,38 @@ def test_ragged_batches_give_one_answer(data, network):
     parts = landscape_of(network, *data, batch_size=6).gradient({})
     assert parts[0] == pytest.approx(whole[0])
     torch.testing.assert_close(parts[1], whole[1])
+
+
+def test_filters_of_a_convolution_are_its_output_channels():
+    torch.manual_seed(0)
+    params = dict(nn.Conv2d(3, 4, 2).named_parameters())
+    (direction,) = random_direction(params, normalized=True, generator=generator()).values()
+    for d, w in zip(direction, params["weight"], strict=True):
+        torch.testing.assert_close(d.norm(), w.detach().norm())
+
+
+def test_one_ascent_step_from_a_quadratics_slope(data):
+    """It goes to rho g / |g|, where the loss is known in closed form."""
+    landscape, H = quadratic(data)
+    model, radius = landscape.objective.model, 0.3
+    with torch.no_grad():
+        model.weight.add_(0.5)
+    e = torch.full((6,), 0.5, dtype=torch.float64)
+    start = random_direction(landscape.objective.params, normalized=False, generator=generator())
+    g = H @ (e + radius * start["weight"][0])
+    ends = [radius * g / g.norm(), radius * start["weight"][0]]
+    rises = [(d @ H @ d / 2 + e @ H @ d).item() for d in ends]
+    found = worst_sharpness(
+        landscape, radius=radius, normalized=False, steps=1, generator=generator()
+    )
+    assert found == pytest.approx(max(rises), rel=1e-6)
+
+
+def test_an_overflow_is_infinitely_sharp(data, network):
+    landscape = landscape_of(network, *data)
+    with torch.no_grad():
+        network[2].weight.mul_(1e200)
+    assert (
+        worst_sharpness(landscape, radius=1e200, normalized=False, steps=2, generator=generator())
+        == math.inf
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
-from hesstrace_cli.curvature.density import Share, spectral_density
+from hesstrace_cli.curvature.density import Density, Share, spectral_density
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, trainable
@@ -54,6 +55,15 @@ def test_extreme_eigenvalues_lie_within_their_residuals():
     found = extreme_eigenvalues(Krylov(matrix_of(eigenvalues), start(300)), k=3, rtol=1e-6)
     assert found.largest == pytest.approx([9, 5, 2], abs=1e-5)
     assert found.smallest == pytest.approx(-1, abs=1e-5)
+    krylov = Krylov(matrix_of(eigenvalues), start(300))
+    krylov.extend(12)
+    values, residuals, _ = krylov.ritz()
+    V = krylov.basis[:12].mT
+    S = torch.linalg.eigh(V.mT @ krylov.matrix @ V).eigenvectors
+    true_residuals = (krylov.matrix @ V @ S - V @ S * values).norm(dim=0)
+    torch.testing.assert_close(residuals, true_residuals, rtol=1e-6, atol=1e-12)
+    usual = extreme_eigenvalues(Krylov(matrix_of(eigenvalues), start(300)), k=3)
+    assert max(*usual.residuals, usual.smallest_residual) <= 1e-3 * 9
     rough = extreme_eigenvalues(Krylov(matrix_of(eigenvalues), start(300)), k=5, max_products=14)
     for value, residual in zip(rough.largest, rough.residuals, strict=True):
         assert (eigenvalues - value).abs().min() <= residual + 1e-12
@@ -183,6 +193,16 @@ def test_threshold_is_where_gradient_descent_turns(momentum, nesterov, weight_de
     lr = 0.1
     bound = threshold(lr, momentum, nesterov=nesterov) - weight_decay
     below, above = [1.0, bound * 0.97], [1.0, bound * 1.03]
+    for eigenvalues, stable in ((below, True), (above, False)):
+        report = stability(
+            eigenvalues[::-1], smallest=1.0, smallest_residual=0.0, negative=Share(0, 0, 0), size=2,
+            lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
+        )  # fmt: skip
+        assert (report["linearly_stable"], report["num_unstable"]) == (stable, int(not stable))
+        top = eigenvalues[1] + weight_decay
+        assert report["largest_over_threshold"] == pytest.approx(top / (bound + weight_decay))
+        assert report["largest_stable_lr"] == pytest.approx(lr * (bound + weight_decay) / top)
+        assert report["fastest_time_constant"] == pytest.approx(1 / top)
     assert descend(below, lr, momentum, nesterov, weight_decay) < 0.1
     assert descend(above, lr, momentum, nesterov, weight_decay) > 10
 
@@ -243,6 +263,17 @@ def test_the_share_below_a_cut_lies_within_its_bounds(cut, steps):
     share = density.share_below(cut)
     assert share.low - 1e-9 <= truth <= share.high + 1e-9
     assert share.low <= share.value <= share.high
+
+
+def test_bells_and_quantiles_of_a_known_density():
+    nodes, weights = torch.tensor([0.0, 10.0]), torch.tensor([0.75, 0.25])
+    density = Density(4, [nodes.double()], [weights.double()])
+    grid, values = map(torch.tensor, density.on_grid(points=2001, width=0.01))
+    peak = grid[values.argmax()].item()
+    assert peak == pytest.approx(0, abs=0.01)
+    near = values[(grid - 0.1).abs().argmin()] / values.max()  # a standard deviation of .1 away
+    assert near.item() == pytest.approx(math.exp(-0.5), rel=0.02)
+    assert (density.quantile(0.7), density.quantile(0.8)) == (0, 10)
 
 
 def test_the_density_of_a_zero_matrix():
