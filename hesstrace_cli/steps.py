@@ -20,6 +20,7 @@ from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.parallel import Ranks
+from hesstrace_cli.randomness import random_state, set_random_state
 from hesstrace_cli.regularizers import Part, Regularizer, Step
 from hesstrace_cli.regularizers.trace import TracePenalty
 from hesstrace_cli.sync_norm import SyncedNorms
@@ -260,18 +261,3 @@ class _Prepared:
     part: Part
     generator: Generator
     state: Tensor
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The global state of the device that a model's own Dropout draws from."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
-
-
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Set it to what `random_state` gave."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

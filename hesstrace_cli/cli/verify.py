@@ -30,6 +30,11 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     record = run(settings)
     if not write_json(record, settings.json):
         rows = [[row["check"], row["verdict"], row["detail"]] for row in record["rows"]]
-        screen.show(tables.rich_table(settings.model, ("check", "verdict", ""), rows))
+        screen.show(tables.rich_table(settings.model, ("check", "verdict", "detail"), rows))
+        bad = [row for row in record["rows"] if row["verdict"] in ("wrong", "refused", "unsettled")]
+        screen.say(
+            "every derivative is right" if record["right"]
+            else f"not proved right: {len(bad)} of {len(rows)} rows, the first: {bad[0]['check']}"
+        )  # fmt: skip
     if not record["right"]:
         raise typer.Exit(5)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hesstrace_cli.randomness import random_state, set_random_state
+
 
 class Jet(Tensor):
     """A curve at t = 0: value, first and second derivative; None stands for zero.
@@ -191,6 +193,8 @@ def _general(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         own, named = tree_unflatten(filled, spec)
         return func(*own, **named)
 
+    # What draws random numbers draws the same ones when it is called again below.
+    state = random_state(x0[0].device) if func in _RANDOM else None
     leaves, out_spec = tree_flatten(at(*x0))
     curves = [i for i, o in enumerate(leaves)
               if isinstance(o, Tensor) and o.is_floating_point()]  # fmt: skip
@@ -210,6 +214,8 @@ def _general(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def first(x: Any, v: Any) -> Any:
         return jvp(moving, x, v)
 
+    if state is not None:
+        set_random_state(state, x0[0].device)
     (y0, y1), (_, y2) = jvp(first, (x0, x1), (x1, x2))[:2]
     for i, parts in zip(curves, zip(y0, y1, y2, strict=True), strict=True):
         leaves[i] = Jet(*parts)
@@ -234,6 +240,12 @@ def _writes_otherwise(func: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in _WRITERS
 
 
+_RANDOM = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.feature_dropout, torch.alpha_dropout, F.rrelu, torch.rrelu,
+    F.scaled_dot_product_attention, F.multi_head_attention_forward,
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+}  # fmt: skip
 _WRITERS = ("__setitem__", "__isub__", "__itruediv__", "__ipow__", "__set__")
 
 

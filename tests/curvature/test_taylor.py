@@ -152,3 +152,35 @@ def test_dropped_tensors_carry_no_derivative(data):
     v = {"inner.bias": torch.ones_like(net.inner.bias)}
     loss_and_form(lambda p: objective.loss(p, X, y), objective.params, v)
     assert seen[1][1] is not None
+
+
+RANDOM = {
+    "dropout": lambda h, W: F.dropout(torch.tanh(h), 0.5) + F.dropout(h, 0.3),
+    "alpha": lambda h, W: F.alpha_dropout(torch.tanh(h), 0.5, training=True),
+    "channels": lambda h, W: F.dropout1d(torch.tanh(h)[None], 0.5)[0],
+    "rrelu": lambda h, W: F.rrelu(h, training=True) ** 2,
+    "attention": lambda h, W: F.scaled_dot_product_attention(h, h.sin(), h, dropout_p=0.5),
+}
+
+
+@pytest.mark.parametrize("body", RANDOM.values(), ids=RANDOM)
+def test_what_is_drawn_is_what_an_ordinary_pass_draws(body):
+    model = Net(body).double()
+    X, y = torch.randn(4, 5, dtype=torch.float64), torch.arange(4) % 3
+    objective = Objective(model, trainable(model))
+    g = torch.Generator().manual_seed(1)
+    v = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in objective.params.items()}
+
+    def drawn(function):
+        torch.manual_seed(7)
+        return function(), torch.rand(())
+
+    def loss(params):
+        return objective.loss(params, X, y)
+
+    (value, form), after = drawn(lambda: loss_and_form(loss, objective.params, v))
+    plain, after_plain = drawn(lambda: loss(objective.params))
+    truth, _ = drawn(lambda: quadratic_form(loss, objective.params, v, mode="reverse"))
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(form, truth)
+    assert torch.equal(after, after_plain)
