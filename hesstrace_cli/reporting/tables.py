@@ -184,7 +184,7 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         name = f"threshold at lr {stability['lr']:g}, {kind} {stability['momentum']:g}"
         add(name, stability["threshold"])
         add("largest eigenvalue / threshold", stability["largest_over_threshold"])
-        add("largest stable learning rate", stability["largest_stable_lr"])
+        add("largest learning rate below the threshold", stability["largest_stable_lr"])
         unstable = str(stability["num_unstable"])
         more = " or more" if stability["num_unstable_is_lower_bound"] else ""
         rows.append(["directions above the threshold", unstable + more, ""])
@@ -194,7 +194,7 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         add("fastest time constant of gradient flow", stability["fastest_time_constant"])
         slowest = stability["slowest_time_constant"]
         name = "slowest time constant of gradient flow"
-        rows.append([name, "endless" if slowest is None else number(slowest), ""])
+        rows.append([name, "none: it never decays" if slowest is None else number(slowest), ""])
     flatness = record["flatness"]
     for kind, name in (("plain", "distance"), ("filter_normalized", "share of filter norms")):
         own, at = flatness[kind], f"sharpness at {flatness['radius']:g}, {name}"
