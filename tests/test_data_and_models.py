@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.data import load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
+from hesstrace_cli.data.splits import DatasetSplit, TensorSplit
+from hesstrace_cli.errors import Stopped
 from hesstrace_cli.models import BUILT_IN, build_model
+from tests.conftest import make_run, train_to_end
 
 CPU = torch.device("cpu")
 
@@ -55,3 +59,30 @@ def test_built_in_models(name):
     again = build_model(name, num_classes=7, in_shape=(3, 32, 32), model_args={}, seed=1)
     first, second = next(model.parameters()), next(again.parameters())
     assert torch.equal(first, second)
+
+
+def test_files_read_by_workers_give_the_run_of_one_tensor(tmp_path):
+    """The same weights to the bit from memory, from files, by workers, and resumed in mid-epoch."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(40):
+        part = "train" if number < 30 else "test"
+        file = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(torch.randint(0, 256, (3, 8, 8), generator=generator).byte()).save(file)
+    settings = {
+        "dataset": f"imagefolder:{tmp_path / 'images'}", "train_examples": None, "batch_size": 7,
+        "augment": "crop-flip", "reg": "trace=0.01,mixup=0.2,cutout=2", "warmup": 0,
+    }  # fmt: skip
+    held = train_to_end(tmp_path / "held", image_size=8, **settings)
+    assert isinstance(held.data.train, TensorSplit)
+    for workers in (0, 2):
+        run = train_to_end(tmp_path / f"workers-{workers}", num_workers=workers, **settings)
+        assert isinstance(run.data.train, DatasetSplit)
+        for name, tensor in held.model.state_dict().items():
+            assert torch.equal(tensor, run.model.state_dict()[name])
+    stopped = make_run(tmp_path / "stopped", num_workers=2, **settings)
+    with pytest.raises(Stopped):
+        list(stopped.advance(lambda: 15 if stopped.step == 3 else None))
+    again = train_to_end(tmp_path / "stopped", num_workers=2, resume=True, **settings)
+    for name, tensor in held.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
