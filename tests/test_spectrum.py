@@ -9,7 +9,9 @@ import torch
 
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.flatness import Landscape, average_sharpness
+from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.loading import load_checkpoint
 from tests.conftest import invoke, train_to_end
 from tests.curvature import oracles
@@ -149,3 +151,19 @@ def test_doubts_are_said(checkpoint):
     result = invoke("spectrum", checkpoint, "--max-products", "3", "--steps", "3", "--top", "5")
     assert "--max-products raises" in result.stderr
     assert "3 of --top 5 eigenvalues" in result.stderr
+
+
+def test_the_running_statistics_are_used_and_the_products_counted(tmp_path):
+    run = train_to_end(tmp_path / "r", model_arg={"width": 4})  # with BatchNorm
+    summary = run.finish()
+    flags = ("--top", "1", "--num-probes", "3", "--steps", "6", "--json", "-", "--dtype", "float64")
+    record = json.loads(invoke("spectrum", run.folder.last, *flags).stdout)
+    assert record["loss"] == pytest.approx(summary["train_loss"], rel=1e-5)
+    assert record["products"] >= 18
+    loaded = load_checkpoint(str(run.folder.last), SpectrumConfig(dtype="float64"))
+    objective = Objective(loaded.model.eval(), trainable(loaded.model))
+    split = loaded.split
+    matrix = CurvatureMatrix(objective, lambda: split.batches(100), len(split), "hessian")
+    start = torch.ones(matrix.size, dtype=torch.float64)
+    top = extreme_eigenvalues(Krylov(matrix, start), k=1, rtol=1e-4).largest[0]
+    assert record["eigenvalues"][0] == pytest.approx(top, rel=1e-3)

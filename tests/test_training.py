@@ -325,3 +325,24 @@ def test_the_summary_is_of_the_splits_it_names(tmp_path):
     top = top_eigenvalue(model, train, len(train), 0)
     assert summary["top_eigenvalue"] == pytest.approx(top, rel=1e-2)
     assert top_eigenvalue(model, run.data.test, 600, 0) != pytest.approx(top, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_ends_at_the_logits(tmp_path, precision):
+    run = make_run(tmp_path / "a", precision=precision, reg="trace=0.01", warmup=0)
+    run.model.train()
+    X, _ = next(run.data.train.batches(10))
+    seen = []
+    run.model[0].register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    assert run.model(X).dtype == torch.float32
+    assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]]
+
+
+def test_a_gradient_that_is_infinite_beside_a_finite_loss_moves_nothing(tmp_path):
+    run = make_run(tmp_path / "a")
+    before = weights(run)
+    next(iter(run.model.parameters())).register_hook(lambda g: g * float("inf"))
+    with pytest.raises(NumericsError, match="gradient's norm"):
+        next(run.advance())
+    params = dict(run.model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
