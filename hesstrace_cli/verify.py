@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -31,37 +27,25 @@ from hesstrace_cli.curvature.objective import (
     trainable,
 )
 from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
-from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.data import load_data
-from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.estimation import versions
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.stepcost import step_costs
+from hesstrace_cli.verdicts import (
+    GOOD,
+    NEARER_STEPS,
+    Row,
+    Truth,
+    judge,
+    one_line,
+    pinned,
+    with_fallbacks,
+)
 
 SCHEMA = "hesstrace/verify/1"
-GOOD = ("right", "replaced", "yes", "no", "measured")
-_TOLERANCE = 1e-4  # relative; ten times as much for a gradient, whose differences are noisier
-_NEARER_STEPS = (1e-7, 1e-8, 1e-9)  # for first differences, which are less noisy
 _MOST_NAMED = 3
 _ENGINES = ("taylor", "forward", "reverse")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One check.
-
-    Attributes:
-        check: What was looked at.
-        verdict: "right", "replaced" (made right by another form), "wrong", "refused",
-            "unsettled" (the differences themselves depend on the step, so that nothing is
-            proved), or, where no verdict hangs on it, the answer "yes" or "no", or "measured".
-        detail: The figures, or the reason.
-    """
-
-    check: str
-    verdict: str
-    detail: str
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
@@ -149,39 +133,30 @@ def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Itera
 
     def native(t: float, s: float = 0.0) -> float:
         """The slope of the unmodified model's loss along v, at w + t v + s u."""
-        with _pinned(X):
+        with pinned(X):
             logits, values = _displaced(model, params, X, [(t, v), (s, u)])
             grads = gradient(objective.loss_func(logits, y), values)
         return sum((grads[n] * v[n]).sum().item() for n in v)
 
     try:
-        truths, slopes_of_it = slopes(native, (*STEPS, *_NEARER_STEPS)), mixed(native)
+        truths, slopes_of_it = slopes(native, (*STEPS, *NEARER_STEPS)), mixed(native)
     except (RuntimeError, NotImplementedError) as problem:
-        yield Row(f"{mode}: the model's own gradient", "refused", _one_line(problem))
+        yield Row(f"{mode}: the model's own gradient", "refused", one_line(problem))
         return
-    truth = _Truth(truths, slopes_of_it)
+    truth = Truth(truths, slopes_of_it)
     engines: dict[str, list[Row]] = {}
     for name in _ENGINES:
         form = partial(
             quadratic_form, lambda p: objective.loss(p, X, y), params, v, mode=cast(Mode, name)
         )
-        engines[name] = _judge(f"{mode}: v'Hv, {name} mode", form, truth, objective, X, u)
-    yield from _with_fallbacks(engines, is_random=repeats.verdict == "no")
+        engines[name] = judge(f"{mode}: v'Hv, {name} mode", form, truth, objective, X, u)
+    yield from with_fallbacks(engines, is_random=repeats.verdict == "no")
     estimate = partial(_estimate, objective, X, y, v)
-    yield from _judge(f"{mode}: v'Hv of the estimate", estimate, truth, objective, X, u)
+    yield from judge(f"{mode}: v'Hv of the estimate", estimate, truth, objective, X, u)
     yield from _judge_ggn(mode, objective, X, u, generator)
     if mode == "eval":
         why = why_not_linear(call_as_it_is(model, X), params)
         yield Row("eval: tr(H) = tr(G)", "no" if why else "yes", why or "piecewise linear")
-
-
-@contextmanager
-def _pinned(X: Tensor) -> Iterator[None]:
-    """The same random numbers each time, and the global state as before."""
-    devices = [X.device] if X.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
 
 
 def _displaced(
@@ -199,9 +174,9 @@ def _displaced(
 
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
-    with torch.no_grad(), _pinned(X):
+    with torch.no_grad(), pinned(X):
         first = call_as_it_is(model, X)
-    with torch.no_grad(), _pinned(X):
+    with torch.no_grad(), pinned(X):
         second = call_as_it_is(model, X)
     name = f"{mode}: results repeat"
     if not torch.equal(first, second):
@@ -214,90 +189,12 @@ def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
     return Row(name, "refused", "it draws random numbers (Dropout): its loss has no one Hessian")
 
 
-def _with_fallbacks(engines: Mapping[str, list[Row]], *, is_random: bool) -> Iterator[Row]:
-    """Where another mode has the derivative, one that has not is no fault.
-
-    Nor is one whose pass draws other random numbers than an ordinary pass, as attention's dropout
-    does in forward mode; reverse mode, whose passes are ordinary ones, then decides.
-    """
-    works = [name for name, rows in engines.items() if all(r.verdict != "refused" for r in rows)]
-    decided = is_random and all(row.verdict == "right" for row in engines["reverse"])
-    for row in itertools.chain(*engines.values()):
-        if row.verdict == "refused" and works:
-            yield Row(row.check, "no", f"{works[0]} mode is taken: {row.detail}")
-        elif row.verdict in ("wrong", "unsettled") and decided:
-            yield Row(row.check, "no", f"other random numbers than an ordinary pass: {row.detail}")
-        else:
-            yield row
-
-
 def _estimate(objective: Objective, X: Tensor, y: Tensor, v: Params) -> Tensor:
     params = objective.params
     grad = gradient(objective.loss(params, X, y), params, create_graph=True)
     check_graph(*grad.values())
     product = hvp(grad, params, v)
     return torch.stack([(product[n] * v[n]).sum() for n in v]).sum().detach()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Truth:
-    """Differences of the unmodified model, one a step: of the value, and of its slope along u."""
-
-    values: list[float]
-    slopes: list[float]
-
-
-def _judge(
-    name: str,
-    engine: Callable[[], Tensor],
-    truth: _Truth,
-    objective: Objective,
-    X: Tensor,
-    u: Params,
-) -> list[Row]:
-    params = objective.params
-    try:
-        with _pinned(X):
-            value = engine()
-            if not value.requires_grad:
-                return [_compared(f"{name}, value", value.item(), truth.values)]
-            grads = gradient(value, params)
-        slope = torch.stack([(grads[n] * u[n]).sum() for n in u]).sum().item()
-        rows = [_compared(f"{name}, value", value.item(), truth.values)]
-        row = _compared(f"{name}, gradient", slope, truth.slopes, tolerance=10 * _TOLERANCE)
-        if row.verdict == "unsettled" and rows[0].verdict == "right":
-            # Kinks all around: differences of its own value, which is right, take shorter steps.
-            own = slopes(partial(_engine_at, engine, params, u, X), _NEARER_STEPS)
-            row = _compared(f"{name}, gradient", slope, own, tolerance=10 * _TOLERANCE)
-        return [*rows, row]
-    except (RuntimeError, NotImplementedError, TypeError) as problem:
-        if "taylor" in name:  # the next mode knows better which module it is
-            return [Row(name, "refused", _one_line(problem))]
-        reason = refuse(problem, objective, X)
-        if not isinstance(reason, HesstraceError):
-            raise reason from problem
-        return [Row(name, "refused", str(reason))]
-
-
-def _engine_at(
-    engine: Callable[[], Tensor], params: Params, u: Params, X: Tensor, t: float
-) -> float:
-    """The engine's value at w + t u."""
-    before = {n: p.detach().clone() for n, p in params.items()}
-    try:
-        with torch.no_grad():
-            for n, part in u.items():
-                params[n].add_(part, alpha=t)
-        with _pinned(X):
-            return engine().item()
-    finally:
-        with torch.no_grad():
-            for n, p in before.items():
-                params[n].copy_(p)
-
-
-def _one_line(problem: Exception) -> str:
-    return textwrap.shorten(" ".join(str(problem).split()), 160, placeholder=" ...")
 
 
 def _judge_ggn(
@@ -309,7 +206,7 @@ def _judge_ggn(
     signs = rademacher(call_as_it_is(model, X).detach(), generator=generator)
 
     def native(t: float) -> float:
-        with _pinned(X):
+        with pinned(X):
             logits, values = _displaced(model, params, X, [(t, u)])
             root = F.softmax(logits.detach(), 1).sqrt()  # B e, B = diag(root) - p root^T
             cotangent = root * signs - root.square() * (root * signs).sum(1, keepdim=True)
@@ -327,27 +224,8 @@ def _judge_ggn(
         return value
 
     name = f"{mode}: penalty on tr(G)"
-    truth = _Truth([native(0.0)], slopes(native, (*STEPS, *_NEARER_STEPS)))
-    yield from _judge(name, engine, truth, objective, X, u)
-
-
-def _compared(name: str, value: float, truths: list[float], tolerance: float = _TOLERANCE) -> Row:
-    """Right if it agrees with the differences for one step; wrong if these agree with each other.
-
-    Where neither holds, as with kinks everywhere, differences cannot tell.
-    """
-    if not math.isfinite(value):
-        return Row(name, "wrong", f"{value:g}, by differences {truths[-1]:.6g}")
-
-    def near(a: float, b: float) -> bool:
-        return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9)
-
-    truth = min(truths, key=lambda t: abs(t - value))
-    detail = f"{value:.6g}, by differences {truth:.6g}"
-    if near(value, truth):
-        return Row(name, "right", detail)
-    settled = len(truths) == 1 or any(near(a, b) for a, b in itertools.pairwise(truths))
-    return Row(name, "wrong" if settled else "unsettled", detail)
+    truth = Truth([native(0.0)], slopes(native, (*STEPS, *NEARER_STEPS)))
+    yield from judge(name, engine, truth, objective, X, u)
 
 
 class _Watch(TorchFunctionMode):

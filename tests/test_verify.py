@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from hesstrace_cli.verify import _compared
+from hesstrace_cli.verdicts import compared
 from tests.conftest import invoke
 
 # Written apart from the engine: models of 8x8 images, (N, 1, 8, 8).
@@ -299,7 +299,7 @@ def test_faults_that_hide(model, check, verdict, tmp_path):
     ],
 )
 def test_verdicts(value, truths, verdict):
-    assert _compared("x", value, truths).verdict == verdict
+    assert compared("x", value, truths).verdict == verdict
 
 
 @pytest.mark.parametrize(
