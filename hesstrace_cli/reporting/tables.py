@@ -27,11 +27,14 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{number(value)} ± {number(error, 2)}" if error else f"{number(value)} (exact)"
 
 
+_OF_WORDS = ("", "verdict", "detail")
+
+
 def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
-    """A table with its first column to the left, the others to the right."""
+    """A table with its first column and those of words to the left, the others to the right."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(head):
-        left = index == 0 or not name
+        left = index == 0 or name in _OF_WORDS
         table.add_column(
             name, justify="left" if left else "right", overflow="fold", no_wrap=index == 0
         )
