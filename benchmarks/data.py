@@ -1,11 +1,12 @@
 """Does the data keep up? Seconds to make a batch, beside those of a plain training step on it.
 
+    python benchmarks/data.py --dataset imagefolder:DIR --model resnet18 --image-size 32
     python benchmarks/data.py --dataset imagefolder:DIR --model resnet18 --workers 0 2
 
 Batches come in random order, cropped and flipped, as `hesstrace train --augment crop-flip` makes
-them: first with the whole set held as one tensor on the device, then read from its files through
-worker processes. Workers read ahead while the device computes, so that what counts is whether a
-batch takes them less than a step; a batch made on the device adds its share to each step.
+them: with --image-size the whole set is held as one tensor on the device, without it the files are
+read through worker processes. Workers read ahead while the device computes, so that what counts is
+whether a batch takes them less than a step; a batch made on the device adds its share to each step.
 """
 
 from __future__ import annotations

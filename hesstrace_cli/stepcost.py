@@ -73,7 +73,8 @@ def seconds_of_steps(run: Run, steps: int) -> float:
     rows = torch.arange(min(run.config.batch_size, len(run.data.train)))
     (examples,) = run.examples([rows])
     run.step = run.total_steps - 1
-    with torch.random.fork_rng(devices=[]):
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         run.take_step(examples)
         _synchronize(run)
         begin = time.perf_counter()

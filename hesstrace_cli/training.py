@@ -27,6 +27,7 @@ from hesstrace_cli.loading import check_fit, check_training_output, select_devic
 from hesstrace_cli.models import build_model
 from hesstrace_cli.parallel import join
 from hesstrace_cli.precision import run_in_precision
+from hesstrace_cli.randomness import derived_seed, stream_generator
 from hesstrace_cli.regularizers import Part, Regularizer, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, choose_curvature
 from hesstrace_cli.reporting.events import Events
@@ -41,24 +42,6 @@ from hesstrace_cli.summary import summarize
 from hesstrace_cli.sync_norm import sync_norms
 
 _MONITORED_EXAMPLES = 500
-
-# One stream of randomness each, so that one more draw in one does not move the others.
-_STREAMS = ("weights", "order", "augmentation", "regularizers", "model")
-
-
-def derived_seed(seed: int, stream: str, index: int = 0) -> int:
-    """A seed of its own for each stream of a run, and each epoch or step in it."""
-    number = _STREAMS.index(stream)
-    # SplitMix64: near seeds give unrelated streams.
-    z = (seed * len(_STREAMS) + number) * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03
-    z &= (1 << 64) - 1
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
-    return (z ^ (z >> 31)) >> 1
-
-
-def _generator(seed: int, device: torch.device, stream: str, index: int) -> Generator:
-    return Generator(device).manual_seed(derived_seed(seed, stream, index))
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -120,7 +103,7 @@ class Run:
         norms = sync_norms(self.model, self.ranks) if config.sync_bn else None
         self.stepper = Stepper(
             config, self._objective(), self.regularizers, self.optimizer, self.ranks,
-            generators=partial(_generator, config.seed, self.device),
+            generators=partial(stream_generator, config.seed, self.device),
             scaler=GradScaler(self.device.type, enabled=config.precision == "fp16"),
             norms=norms,
         )  # fmt: skip

@@ -64,7 +64,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     check_training_output(model, data, config.model)
     _move_aside(model, config.seed)
     X, y = next(data.train.batches(config.batch_size))
-    rows: list[Row] = []
+    again, _ = next(data.train.batches(config.batch_size))
+    rows = [_data_repeats(torch.equal(X, again))]
     for mode in (True, False):
         rows += _rows(model.train(mode), X, y, "train" if mode else "eval", config.seed)
     good = all(row.verdict in GOOD for row in rows)
@@ -81,6 +82,13 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
     }
+
+
+def _data_repeats(same: bool) -> Row:
+    if same:
+        return Row("data: results repeat", "yes", "read twice, the same examples in the same order")
+    detail = "read twice, the first batch differs: the data set draws random numbers or an order"
+    return Row("data: results repeat", "refused", detail)
 
 
 def _move_aside(model: nn.Module, seed: int) -> None:

@@ -144,14 +144,8 @@ class AlmostRight(Base):
         return h.tanh() + 0.02 * Bumped.apply(h)
 
 
-class Tanh(torch.autograd.Function):
+class Tanh(Stale):
     """All right, but without a rule for forward mode."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -286,6 +280,21 @@ def test_faults_that_hide(model, check, verdict, tmp_path):
     code, rows = run(tmp_path, model)
     assert code == 5
     assert rows[check][0] == verdict, rows
+
+
+def test_data_that_does_not_repeat(tmp_path):
+    (tmp_path / "data.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import Dataset\n"
+        "class Noisy(Dataset):\n"
+        "    def __len__(self): return 40\n"
+        "    def __getitem__(self, i): return torch.randn(1, 8, 8), i % 10\n"
+        "def make(): return Noisy(), Noisy()\n"
+    )
+    code, rows = run(tmp_path, "mlp", "--dataset", f"{tmp_path}/data.py:make")
+    assert code == 5
+    assert rows["data: results repeat"][0] == "refused"
+    assert run(tmp_path, "mlp")[1]["data: results repeat"][0] == "yes"
 
 
 @pytest.mark.parametrize(
