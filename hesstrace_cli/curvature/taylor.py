@@ -108,7 +108,7 @@ def _add(func: Callable[..., Any], a: Any, b: Any, *, alpha: float = 1) -> Any:
             y = sign * alpha * y
         parts.append(x if y is None else y if x is None else x + y)
     shape = parts[0].shape
-    return Jet(*(None if p is None else p.expand(shape) for p in parts))  # type: ignore[arg-type]
+    return Jet(*[None if p is None else p.expand(shape) for p in parts])
 
 
 def _product(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
@@ -160,12 +160,10 @@ def _weighted(
     if bias is None:
         return Jet(*parts)
     shape = [-1] + [1] * (0 if func is F.linear else x0.dim() - 2)
-    return Jet(
-        *(
-            _sum(part, None if b is None else b.reshape(shape).expand_as(y0))
-            for part, b in zip(parts, _parts(bias), strict=True)
-        )
-    )  # type: ignore[arg-type]
+    return Jet(*[
+        _sum(part, None if b is None else b.reshape(shape).expand_as(y0))
+        for part, b in zip(parts, _parts(bias), strict=True)
+    ])  # fmt: skip
 
 
 def _relu(_func: Callable[..., Any], x: Any) -> Any:
