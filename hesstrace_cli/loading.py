@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli.casting import cast_model
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
 from hesstrace_cli.curvature.objective import call_as_it_is
@@ -113,7 +114,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         seed=0,
     )
     load_weights(model, checkpoint.state_dict, path)
-    model = model.to(device, dtype).eval()
+    model = cast_model(model, device, dtype).eval()
     check_fit(model, data, model_name)
     split = data.test if config.split == "test" else data.train
     population = len(split)

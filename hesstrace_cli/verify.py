@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from hesstrace_cli.casting import cast_model
 from hesstrace_cli.config import DataConfig, TrainConfig, VerifyConfig
 from hesstrace_cli.curvature.differentiable import differentiable_ops, replacements
 from hesstrace_cli.curvature.finite import STEPS, mixed, slopes
@@ -59,7 +60,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     model = build_model(
         config.model, num_classes=data.num_classes, in_shape=data.in_shape,
         model_args=config.model_arg, seed=config.seed,
-    ).to(device, torch.float64)  # fmt: skip
+    )  # fmt: skip
+    cast_model(model, device, torch.float64)
     check_fit(model, data, config.model)
     check_training_output(model, data, config.model)
     _move_aside(model, config.seed)

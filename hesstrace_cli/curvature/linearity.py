@@ -20,17 +20,18 @@ from hesstrace_cli.curvature.probes import Params
 
 # Names of autograd's nodes, without "Backward" and number. Linear in all their operands at once:
 _LINEAR = frozenset({
-    "Add", "Alias", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AvgPool2D", "AvgPool3D", "Cat",
-    "Clone", "Col2Im", "ConstantPadNd", "Copy", "Cumsum", "Diagonal", "Embedding", "Expand",
-    "Flip", "Gather", "Im2Col", "Index", "IndexSelect", "MaskedFill", "Mean", "Neg", "Permute",
-    "PixelShuffle", "PixelUnshuffle", "ReflectionPad1D", "ReflectionPad2D", "Repeat",
-    "ReplicationPad1D", "ReplicationPad2D", "ReshapeAlias", "Roll", "Rsub", "Select", "Slice",
-    "Split", "SplitWithSizes", "Squeeze", "Stack", "Sub", "Sum", "SafeSplit", "T", "ToCopy",
-    "Transpose", "Tril", "Triu", "Unbind", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze",
-    "UpsampleBilinear2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearestExact2D",
-    "View",
+    "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "Add", "Alias", "AvgPool2D", "AvgPool3D", "Cat",
+    "Clone", "Col2Im", "Complex", "Conj", "ConjPhysical", "ConstantPadNd", "Copy", "Cumsum",
+    "Diagonal", "Embedding", "Expand", "FftC2C", "FftC2R", "FftR2C", "Flip", "Gather", "Im2Col",
+    "Index", "IndexSelect", "MaskedFill", "Mean", "Neg", "NegView", "Permute", "PixelShuffle",
+    "PixelUnshuffle", "ReflectionPad1D", "ReflectionPad2D", "Repeat", "ReplicationPad1D",
+    "ReplicationPad2D", "ReshapeAlias", "Roll", "Rsub", "SafeSplit", "Select", "Slice", "Split",
+    "SplitWithSizes", "Squeeze", "Stack", "Sub", "Sum", "T", "ToCopy", "Transpose", "Tril", "Triu",
+    "Unbind", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D",
+    "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearestExact2D", "View", "ViewAsComplex",
+    "ViewAsReal",
 })  # fmt: skip
-# Linear in each of the pieces that their operands' space is cut into:
+# Linear in each of the pieces that their operands' space is cut into, if these are real:
 _PIECEWISE = frozenset({
     "Abs", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "Clamp", "ClampMax",
     "ClampMin", "Hardshrink", "Hardtanh", "LeakyRelu", "Max", "Maximum", "MaxPool2DWithIndices",
@@ -98,8 +99,11 @@ def why_not_linear(logits: Tensor, params: Params) -> str | None:
 def _problem(node: Any, inputs: list[int]) -> str | int | None:
     """A clause, or the set of the parameters that both factors of a product depend on."""
     name = operation(node)
-    if name in _LINEAR or name in _PIECEWISE:
+    if name in _LINEAR:
         return None
+    if name in _PIECEWISE:
+        is_curved = name != "Where" and _takes_complex(node)
+        return f"{name!r} of a complex number is not piecewise linear" if is_curved else None
     if name in _PRODUCTS:
         first, second = (inputs[i] if i < len(inputs) else 0 for i in _PRODUCTS[name])
         return first & second or None
@@ -111,3 +115,10 @@ def _problem(node: Any, inputs: list[int]) -> str | int | None:
             return "batch norm takes its statistics from the batch"
         return inputs[0] & inputs[1] or None
     return f"{name!r} is not known to be piecewise linear"
+
+
+def _takes_complex(node: Any) -> bool:
+    return any(
+        following is not None and following._input_metadata[place].dtype.is_complex
+        for following, place in node.next_functions
+    )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from hesstrace_cli.curvature.differentiable import differentiable_ops
@@ -23,11 +24,21 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that need a gradient, by name; a tied one once.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is none, or one that the loss has no Hessian in.
     """
     params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ModelError("the model has no trainable parameter, so its Hessian is empty")
+    for name, p in params.items():
+        if is_lazy(p):
+            raise ModelError(
+                f"parameter {name!r} is not initialized; run the model once on an input first"
+            )
+        if p.is_complex():
+            raise ModelError(
+                f"parameter {name!r} is complex, expected real ones, as the Hessian is taken in "
+                "real numbers; hold it as a real tensor (..., 2) and use torch.view_as_complex"
+            )
     return params
 
 

@@ -93,6 +93,8 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
 
 def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
     kind, flatten = operation(node), 1
+    if node._input_metadata[0].dtype.is_complex:
+        return None
     if kind in RULES:
         if "other" in names:  # a parameter where the activations should be
             return None
