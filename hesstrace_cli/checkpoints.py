@@ -18,6 +18,7 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
 
 FORMAT = "hesstrace/checkpoint/1"
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net", "ema")
@@ -52,6 +53,8 @@ def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> No
     except (OSError, RuntimeError) as problem:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if is_of_the_machine(problem):  # a tensor that could not be copied from the device
+            raise
         raise _unwritable(path, problem) from problem
 
 
@@ -150,6 +153,8 @@ def _read_torch(path: Path) -> Any:
             "they are never loaded, as that would run code. Save its state dict alone"
         ) from problem
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+        if is_out_of_memory(problem):
+            raise
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(f"{str(path)!r} is cut off or not a checkpoint: {reason}") from problem
 

@@ -15,6 +15,7 @@ from hesstrace_cli.curvature.objective import call_as_it_is
 from hesstrace_cli.curvature.per_example import MixedExamples, check_independence
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.models import build_model, is_plugin
 from hesstrace_cli.parallel import local_rank, under_torchrun
 
@@ -156,9 +157,9 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     try:
         with torch.no_grad():
             logits = model(X)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
+        if is_of_the_machine(problem):
+            raise
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(
             f"model {name!r} does not take inputs of shape {data.in_shape}: {reason}"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hesstrace_cli.errors import ConfigError, LostProcess
+from hesstrace_cli.failures import is_of_the_machine
 
 Item = TypeVar("Item")
 _PATIENCE = timedelta(hours=2)  # the others wait while the first rank estimates the trace
@@ -29,9 +30,9 @@ def meeting() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as problem:
+        if is_of_the_machine(problem):  # this one's own
+            raise
         raise LostProcess(
             "another process of the job is gone, and this one cannot go on alone; its own message "
             f"says why. Start again with --resume ({' '.join(str(problem).split())[:160]})"
@@ -131,6 +132,8 @@ def join(device: torch.device) -> Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as problem:
+        if is_of_the_machine(problem):
+            raise
         reason = " ".join(str(problem).split())[:200]
         raise ConfigError(f"the other processes of torchrun cannot be met: {reason}") from problem
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -19,6 +19,7 @@ from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.failures import is_of_the_machine
 
 GOOD = ("right", "replaced", "yes", "no", "measured")
 NEARER_STEPS = (1e-7, 1e-8, 1e-9)  # for first differences, which are less noisy
@@ -93,6 +94,8 @@ def judge(
             row = compared(f"{name}, gradient", slope, own, tolerance=10 * _TOLERANCE)
         return [*rows, row]
     except (RuntimeError, NotImplementedError, TypeError) as problem:
+        if is_of_the_machine(problem):
+            raise
         if "taylor" in name:  # the next mode knows better which module it is
             return [Row(name, "refused", one_line(problem))]
         reason = refuse(problem, objective, X)

@@ -30,6 +30,7 @@ from hesstrace_cli.curvature.objective import (
 from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
 from hesstrace_cli.data import load_data
 from hesstrace_cli.estimation import versions
+from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.stepcost import step_costs
@@ -151,6 +152,8 @@ def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Itera
     try:
         truths, slopes_of_it = slopes(native, (*STEPS, *NEARER_STEPS)), mixed(native)
     except (RuntimeError, NotImplementedError) as problem:
+        if is_of_the_machine(problem):
+            raise
         yield Row(f"{mode}: the model's own gradient", "refused", one_line(problem))
         return
     truth = Truth(truths, slopes_of_it)

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.failures import is_out_of_memory
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -38,18 +39,8 @@ class ErrorBoundary(TyperGroup):
             code = _report(message or "a command is missing; see --help", 2)
         except (typer.Abort, KeyboardInterrupt):
             code = _report("interrupted", 130)
-        except OSError as problem:  # a full disk behind stdout
-            if problem.errno not in (errno.ENOSPC, errno.EIO):
-                raise
-            code = _report(f"the output cannot be written: {problem.strerror}", 2)
         except Exception as problem:
-            if not _is_out_of_memory(problem):
-                raise
-            code = _report(
-                f"out of memory ({' '.join(str(problem).split())[:160]}); lower --batch-size, or "
-                "--keep-prob of a trace penalty",
-                2,
-            )
+            code = _report(*_explained(problem))
         parallel = sys.modules.get("hesstrace_cli.parallel")
         if parallel is not None and not code:
             parallel.leave()
@@ -58,13 +49,19 @@ class ErrorBoundary(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_out_of_memory(problem: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return (
-        isinstance(problem, MemoryError)
-        or (torch is not None and isinstance(problem, torch.OutOfMemoryError))
-        or "DefaultCPUAllocator" in str(problem)  # a plain RuntimeError, on the CPU
-    )
+def _explained(problem: Exception) -> tuple[str, int]:
+    """What the machine lacks, and the exit code.
+
+    Raises:
+        Exception: The problem itself, where it is a bug.
+    """
+    if is_out_of_memory(problem):
+        reason = " ".join(str(problem).split())[:160]
+        about = f" ({reason})" if reason else ""
+        return f"out of memory{about}; lower --batch-size, or --keep-prob of a trace penalty", 2
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EIO):
+        return f"the output cannot be written: {problem.strerror}", 2  # a full disk behind stdout
+    raise problem
 
 
 def _report(message: str, code: int) -> int:

@@ -33,6 +33,7 @@ from hesstrace_cli.curvature.norm_rules import (
     output_shape,
 )
 from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.failures import is_of_the_machine
 
 
 @dataclass
@@ -256,9 +257,10 @@ def differentiated_norms(
     size = max(1, norm_rules.CHUNK // (len(e) * sum(p.numel() for p in params.values())))
     try:
         mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, e)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError):  # an operation that vmap cannot batch
+    except (RuntimeError, NotImplementedError) as problem:
+        if is_of_the_machine(problem):
+            raise
+        # An operation that vmap cannot batch.
         return _one_by_one(logits_of, params, X, cotangents_of, e)
     # Or batches wrongly, which it did for prelu: two examples by themselves tell.
     ends = [0, len(X) - 1]

@@ -12,6 +12,7 @@ from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.graph import check_graph
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import DerivativeError
+from hesstrace_cli.failures import is_of_the_machine
 
 
 def refuse(problem: Exception, objective: Objective, X: Tensor) -> Exception:
@@ -23,9 +24,9 @@ def refuse(problem: Exception, objective: Objective, X: Tensor) -> Exception:
         X: The batch that it failed on.
 
     Returns:
-        A DerivativeError; or `problem` itself where it is about memory.
+        A DerivativeError; or `problem` itself where memory ran out or a device failed.
     """
-    if isinstance(problem, torch.OutOfMemoryError):
+    if is_of_the_machine(problem):
         return problem
     reason = " ".join(str(problem).split())
     name, module = _innermost_at_fault(objective, X)
@@ -79,6 +80,8 @@ def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict
         check_graph(*present)
         again = torch.stack([g.square().sum() for g in present]).sum()
         torch.autograd.grad(again, variables, create_graph=True, allow_unused=True)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError) as problem:
+        if is_of_the_machine(problem):
+            raise
         return False
     return True

@@ -16,6 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from hesstrace_cli.errors import ConfigError, DataError
+from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.plugins import call_factory, load_factory
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,6 +136,8 @@ def _torchvision(spec: str, data_dir: str, download: bool, image_size: int | Non
         try:
             dataset = known.build(data_dir, download=download, **part)
         except (RuntimeError, OSError, ValueError) as problem:
+            if is_out_of_memory(problem):
+                raise
             raise DataError(
                 f"{spec} is not in {data_dir!r} ({' '.join(str(problem).split())}); give the "
                 "folder with --data-dir, or allow --download"

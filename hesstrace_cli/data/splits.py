@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.errors import DataError
+from hesstrace_cli.failures import is_out_of_memory
 
 Batch = tuple[Tensor, Tensor]
 
@@ -145,6 +146,8 @@ def _readable(loader: DataLoader[Batch]) -> Iterator[Batch]:
     try:
         yield from loader
     except (OSError, DataError) as problem:
+        if is_out_of_memory(problem):
+            raise
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         raise DataError(lines[-1].removeprefix("hesstrace_cli.errors.DataError: ")) from problem
 
@@ -153,6 +156,8 @@ def _collate(examples: Sequence[tuple[Any, Any]]) -> Batch:
     try:
         inputs = torch.stack([torch.as_tensor(x) for x, _ in examples])
     except RuntimeError as problem:
+        if is_out_of_memory(problem):
+            raise
         shapes = sorted({str(tuple(torch.as_tensor(x).shape)) for x, _ in examples})
         raise DataError(
             f"the inputs differ in shape ({', '.join(shapes[:3])}); give --image-size"

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from hesstrace_cli.errors import ModelError
+from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
 from hesstrace_cli.models.small import MLP, small_cnn
 from hesstrace_cli.plugins import accepted, call_factory, is_factory, load_factory
@@ -59,10 +60,8 @@ def build_model(
         torch.manual_seed(seed)
         try:
             model = call_factory(factory, arguments, f"model {spec}", ModelError)
-        except torch.OutOfMemoryError:
-            raise
         except (TypeError, ValueError, RuntimeError) as problem:
-            if is_plugin(spec) and not model_args:
+            if is_out_of_memory(problem) or (is_plugin(spec) and not model_args):
                 raise
             raise ModelError(f"model {spec!r} cannot be built: {problem}") from problem
     if not isinstance(model, nn.Module):

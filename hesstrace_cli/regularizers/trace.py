@@ -31,6 +31,7 @@ from hesstrace_cli.curvature.hessian import Mode, loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
 from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
 
@@ -195,9 +196,9 @@ class TracePenalty(Regularizer):
                     return [form for _, form in pairs], pairs[0][0]
                 forms = [quadratic_form(loss, objective.params, v, mode=self._mode) for v in probes]
                 return forms, None if step.loss.requires_grad else loss(objective.params)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as problem:
+                if is_of_the_machine(problem):
+                    raise
                 # An operation without a rule, or without a forward derivative: the next mode may
                 # still have all three, and says what is wrong where it has not.
                 if self._mode == "reverse" or not isinstance(problem, _NO_DERIVATIVE):

@@ -1,0 +1,45 @@
+"""Errors of PyTorch's that tell of the machine, not of the model, the data or a file.
+
+They come as `RuntimeError`, as do those of an operation without a derivative or of a file that is
+cut off: whoever catches that one asks here first. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+_NO_MEMORY = re.compile(
+    r"out of memory"  # CUDA's allocator, runtime and driver, and NCCL
+    r"|DefaultCPUAllocator|std::bad_alloc|Cannot allocate memory"
+    r"|Storage size calculation overflowed"  # more bytes than any machine has
+    r"|(STATUS|CUFFT)_ALLOC_FAILED|ALLOCATION_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT
+    re.IGNORECASE,
+)
+_DEVICE_FAILED = re.compile(
+    r"(CUDA|HIP|CUDA driver) error:"  # of the runtime, and of cuBLAS
+    r"|CU(DNN|BLAS|SOLVER|SPARSE)_STATUS_(NOT_INITIALIZED|MAPPING|EXECUTION|INTERNAL)"
+)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether memory was asked for that is not there, on whatever device."""
+    if isinstance(problem, MemoryError) or isinstance(problem, _types("OutOfMemoryError")):
+        return True
+    if isinstance(problem, OSError):
+        return problem.errno == errno.ENOMEM
+    return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None
+
+
+def is_of_the_machine(problem: BaseException) -> bool:
+    """Whether memory ran out or a device failed, so that nothing is said of what it worked on."""
+    if is_out_of_memory(problem) or isinstance(problem, _types("AcceleratorError")):
+        return True
+    return isinstance(problem, RuntimeError) and _DEVICE_FAILED.search(str(problem)) is not None
+
+
+def _types(name: str) -> tuple[type[BaseException], ...]:
+    """A class of torch's errors, where torch is loaded and has it."""
+    found = getattr(sys.modules.get("torch"), name, None)
+    return () if found is None else (found,)
