@@ -25,7 +25,7 @@ _DEVICE_FAILED = re.compile(
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether memory was asked for that is not there, on whatever device."""
-    if isinstance(problem, MemoryError) or isinstance(problem, _types("OutOfMemoryError")):
+    if isinstance(problem, (MemoryError, *_types("OutOfMemoryError"))):
         return True
     if isinstance(problem, OSError):
         return problem.errno == errno.ENOMEM
