@@ -22,7 +22,7 @@ from hesstrace_cli.config import DataConfig, TrainConfig
 from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.reporting.tables import markdown_table
+from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.stepcost import seconds_of_steps
 from hesstrace_cli.training import Run
 

@@ -38,7 +38,7 @@ from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.models import build_model
-from hesstrace_cli.reporting.tables import markdown_table
+from hesstrace_cli.reporting.layout import markdown_table
 
 PROBES, STEPS, BINS = 1, 30, 64
 Product = Callable[[Tensor], Tensor]

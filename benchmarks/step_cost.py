@@ -31,7 +31,7 @@ from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.regularizers import Regularizer, Step, Term
-from hesstrace_cli.reporting.tables import markdown_table
+from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.stepcost import seconds_of_steps
 from hesstrace_cli.steps import Sums
 from hesstrace_cli.training import Run

@@ -16,6 +16,7 @@ from scipy.special import stdtr
 from hesstrace_cli.checkpoints import write_atomically
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.runs import RunFolder
 
 SCHEMA = "hesstrace/comparison/1"
@@ -242,7 +243,8 @@ def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     writer.writerow([*plain, *head])
     for row in comparison["rows"]:
         cells = [row[m][part] for m in MEASURES for part in ("mean", "std")]
-        writer.writerow([*(row[name] for name in plain), *cells])
+        names = [for_csv(x) if isinstance(x := row[name], str) else x for name in plain]
+        writer.writerow([*names, *cells])
     write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
     write_atomically(folder / "results.csv", table.getvalue())
     write_atomically(folder / "results.md", markdown)

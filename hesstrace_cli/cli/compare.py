@@ -15,6 +15,8 @@ from hesstrace_cli.cli.train import report_negative, warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from hesstrace_cli.reporting import plots, tables
+from hesstrace_cli.reporting.layout import markdown_table
+from hesstrace_cli.reporting.text import for_markdown
 
 if TYPE_CHECKING:
     from hesstrace_cli.grid import Job, PlannedRun
@@ -54,7 +56,7 @@ def compare(
     runs = grid.plan(settings)
     if settings.plan:
         for run in runs:
-            screen.echo("hesstrace " + shlex.join(grid.arguments(run.config)))
+            screen.echo(_command_line(grid.arguments(run.config)))
         return
     lock = grid.lock(settings)
     pending = grid.pending(runs)
@@ -68,6 +70,21 @@ def compare(
     costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(finished, diverged, costs, grid.root(settings))
     lock.release()
+
+
+def _command_line(arguments: Sequence[str]) -> str:
+    """The command, to be read by any shell, in one line.
+
+    Raises:
+        ConfigError: If a line cannot hold it.
+    """
+    for word in arguments:
+        if not word.isprintable():
+            raise ConfigError(
+                f"--plan prints a command a line, which cannot hold {word!r}: it has a line break "
+                "or another character that does not show; rename it"
+            )
+    return "hesstrace " + shlex.join(arguments)
 
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
@@ -91,9 +108,9 @@ def _report(
     comparison = tabulate(finished, diverged, costs)
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
     markdown = ""
-    for title, head, rows in tables.comparison_tables(comparison, several=several):
-        screen.show(tables.rich_table(title, head, rows))
-        markdown += f"{title}\n\n{tables.markdown_table(head, rows)}\n"
+    for table in tables.comparison_tables(comparison, several=several):
+        screen.show(table)
+        markdown += f"{for_markdown(table.title)}\n\n{markdown_table(table.head, table.rows)}\n"
     screen.say(tables.READING)
     markdown += f"{tables.READING}\n"
     if out is not None:
@@ -125,10 +142,10 @@ def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
             board.add_done(run.config.epochs)
             if problem is None:
                 name = f"{run.regularizer} seed {run.config.seed}"
-                board.say(f"{board.done}/{len(pending)} {name} finished")
+                screen.say(f"{board.done}/{len(pending)} {name} finished")
             else:
                 note_divergence(run, problem)
-                board.say(f"warning: {run.config.out} diverged: {problem}")
+                screen.say(f"warning: {run.config.out} diverged: {problem}")
 
 
 def _one_by_one(

@@ -65,16 +65,13 @@ def _on_pass(path: str) -> Any:
 
 def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
     first = records[0]
-    title = "trace of the Hessian" if first["curvature"] == "hessian" else "trace of G"
-    screen.show(tables.rich_table(title, tables.TRACE_HEAD, tables.trace_rows(records)))
+    screen.show(tables.trace_table(records))
     if settings.per_layer:
         for record in records:
-            rows = tables.layer_rows(record)
-            screen.show(tables.rich_table(record["checkpoint"], tables.LAYER_HEAD, rows))
+            screen.show(tables.layer_table(record))
     if settings.report:
         for record in records:
-            rows = tables.report_rows(record)
-            screen.show(tables.rich_table(record["checkpoint"], tables.REPORT_HEAD, rows))
+            screen.show(tables.report_table(record))
         screen.say(tables.READING)
     for record in records:
         where = f"{record['checkpoint']}: " if len(records) > 1 else ""

@@ -6,32 +6,49 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.reporting.layout import Table, fitted
+from hesstrace_cli.reporting.text import for_screen
 
-_LOG_WIDTH = 140
+_LOG_WIDTH = 140  # of a table where no screen sets it
+_ENDLESS = 10**6
+_drawing_on: list[Console] = []  # the console of a live display, above which messages are to stand
 
 
-def results() -> Console:
-    """Where results go; as wide as a log file can hold where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, quiet=is_second())
+def _console(stream: TextIO | None, *, stderr: bool = False) -> Console:
+    """A console that draws on a terminal alone; elsewhere plain lines, as long as they are."""
+    at_terminal = stream is not None and not stream.closed and stream.isatty()
+    width = None if at_terminal else _ENDLESS
+    return Console(stderr=stderr, width=width, force_terminal=at_terminal, quiet=is_second())
 
 
 def messages() -> Console:
     """Where progress and messages go."""
-    width = None if sys.stderr.isatty() else _LOG_WIDTH
-    return Console(stderr=True, width=width, quiet=is_second())
+    return _drawing_on[-1] if _drawing_on else _console(sys.stderr, stderr=True)
+
+
+@contextmanager
+def _drawing(console: Console) -> Iterator[None]:
+    _drawing_on.append(console)
+    try:
+        yield
+    finally:
+        _drawing_on.pop()
 
 
 def is_second() -> bool:
@@ -40,8 +57,9 @@ def is_second() -> bool:
 
 
 def say(text: str) -> None:
-    """One line on stderr, as it is."""
-    messages().print(text, markup=False, highlight=False, soft_wrap=True)
+    """One line on stderr, made safe; a terminal wraps it between words."""
+    console = messages()
+    console.print(Text(for_screen(text)), soft_wrap=not console.is_terminal)
 
 
 def refuse_processes(command: str) -> None:
@@ -55,35 +73,53 @@ def refuse_processes(command: str) -> None:
 
 
 def complain(text: str) -> None:
-    """An error, which every process may say."""
+    """An error, made safe, in one line; every process may say it."""
     if is_second():
         text = f"process {os.environ['RANK']}: {text}"
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    console = _console(sys.stderr, stderr=True)
+    console.quiet = False
+    console.print(Text(for_screen(text)), soft_wrap=True)
 
 
 def echo(text: str) -> None:
-    """A text on stdout as it is, for programs."""
+    """A text on stdout as it is, for programs: it must hold printable characters alone."""
     if not is_second():
         typer.echo(text)
 
 
 def show(table: Table) -> None:
-    """A table on stdout."""
-    results().print(table)
+    """A table on stdout, as wide as the terminal."""
+    console = _console(sys.stdout)
+    if console.is_terminal:
+        console.print(fitted(table, console.width))
+    else:
+        console.print(fitted(table, _LOG_WIDTH, may_stack=False))
+
+
+def _cut_name() -> TextColumn:
+    """The description, cut where there is no room for it."""
+    column = Column(no_wrap=True, overflow="ellipsis")
+    return TextColumn("{task.description}", markup=False, table_column=column)
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Progress | None]:
-    """A live bar on a terminal; None elsewhere, where lines are printed instead."""
+def progress_bar(total: int) -> Iterator[Callable[[str, int], None] | None]:
+    """A live bar on a terminal, moved by what it gives; None elsewhere, where lines tell.
+
+    Args:
+        total: Steps in all.
+
+    Yields:
+        To be called with what is being done, and the steps done.
+    """
     console = messages()
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(description, total=total, note="")
-        yield progress
+    columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), _cut_name())
+    with _drawing(console), Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text, done: progress.update(task, description=for_screen(text), completed=done)
 
 
 class Board:
@@ -96,25 +132,22 @@ class Board:
 
     def __init__(self, runs: int, epochs: int) -> None:
         self.runs, self.epochs, self.done, self._epochs_done = runs, epochs, 0, 0
-        self._console = messages()
         self._began = time.monotonic()
+        self._drawn = ExitStack()
         self._live: Live | None = None
 
     def __enter__(self) -> Board:
         """Begin to draw, on a terminal."""
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, transient=True, refresh_per_second=4)
-            self._live.start()
+        console = messages()
+        if console.is_terminal:
+            self._drawn.enter_context(_drawing(console))
+            live = Live(console=console, transient=True, refresh_per_second=4)
+            self._live = self._drawn.enter_context(live)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Take the table away."""
-        if self._live is not None:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """A line above the table."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._drawn.close()
 
     def add_done(self, epochs: int) -> None:
         """One run has ended, with so many epochs."""
@@ -130,14 +163,15 @@ class Board:
         if done:
             seconds = (time.monotonic() - self._began) * (self.epochs - done) / done
             left = str(timedelta(seconds=round(seconds)))
-        table = Table(title=f"{self.done} of {self.runs} runs done, {waiting} waiting, {left} left",
-                      title_justify="left")  # fmt: skip
-        table.add_column("run")
-        table.add_column("epoch", justify="right")
-        table.add_column("")
+        title = f"{self.done} of {self.runs} runs done, {waiting} waiting, {left} left"
+        table = RichTable.grid(padding=(0, 2, 0, 0))
+        table.add_column(width=20)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")
         for name, epochs, total in jobs:
-            table.add_row(name, f"{epochs}/{total}", ProgressBar(total, epochs, width=30))
-        self._live.update(table)
+            bar = ProgressBar(total, epochs, width=20)
+            table.add_row(bar, f"{epochs}/{total}", Text(for_screen(name)))
+        self._live.update(Group(Text(title), table))
 
 
 class StopRequest:

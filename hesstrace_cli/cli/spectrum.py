@@ -45,10 +45,7 @@ def spectrum(
 
 
 def _show(record: dict[str, Any]) -> None:
-    matrix = "Hessian" if record["curvature"] == "hessian" else "Gauss-Newton matrix"
-    rows = tables.spectrum_rows(record)
-    title = f"{matrix} of {record['checkpoint']}"
-    screen.show(tables.rich_table(title, tables.SPECTRUM_HEAD, rows))
+    screen.show(tables.spectrum_table(record))
     if record["stability"] is None:
         screen.say("no learning rate of SGD to judge: give --lr and --momentum")
     else:

@@ -35,8 +35,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     else:
         summary = train_with_progress(run, row_name(row))
     assert summary is not None
-    rows = tables.summary_rows(summary)
-    screen.show(tables.rich_table(str(run.folder.path), tables.SUMMARY_HEAD, rows))
+    screen.show(tables.summary_table(str(run.folder.path), summary))
 
 
 def warn_of_unused(settings: TrainConfig, *, with_trace: bool) -> None:
@@ -76,21 +75,16 @@ def _with_stored(flags: dict[str, Any], config: str | None) -> dict[str, Any]:
 
 
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:
-    """Train to the end and show where it is: a bar on a terminal, a line an epoch elsewhere."""
+    """Train to the end and show where it is: a line an epoch, on a terminal above a bar."""
     epochs = run.config.epochs
-    with screen.StopRequest() as stop, screen.progress_bar(label, run.total_steps) as bar:
+    with screen.StopRequest() as stop, screen.progress_bar(run.total_steps) as move:
         for progress in run.advance(stop):
-            if bar is not None:
-                bar.update(bar.task_ids[0], completed=run.step)
-            if progress.record is None:
-                continue
-            note = _epoch_line(progress.record, epochs)
-            if bar is None:
-                screen.say(f"{label}: {note}")
-            else:
-                bar.update(bar.task_ids[0], note=note)
-            report_negative(progress.record)
-            report_skipped(progress.record)
+            if move is not None:
+                move(f"epoch {progress.epoch}/{epochs} {label}", run.step)
+            if progress.record is not None:
+                screen.say(f"{label}: {_epoch_line(progress.record, epochs)}")
+                report_negative(progress.record)
+                report_skipped(progress.record)
     return run.finish()
 
 

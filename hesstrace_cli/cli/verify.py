@@ -29,9 +29,9 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     check_places(settings.json)
     record = run(settings)
     if not write_json(record, settings.json):
-        rows = [[row["check"], row["verdict"], row["detail"]] for row in record["rows"]]
-        screen.show(tables.rich_table(settings.model, ("check", "verdict", "detail"), rows))
-        bad = [row for row in record["rows"] if row["verdict"] in ("wrong", "refused", "unsettled")]
+        rows = record["rows"]
+        screen.show(tables.verdict_table(settings.model, record))
+        bad = [row for row in rows if row["verdict"] in ("wrong", "refused", "unsettled")]
         screen.say(
             "every derivative is right" if record["right"]
             else f"not proved right: {len(bad)} of {len(rows)} rows, the first: {bad[0]['check']}"

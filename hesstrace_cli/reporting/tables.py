@@ -1,12 +1,11 @@
-"""Rich tables, and the same as Markdown."""
+"""What the tables say: heads and rows of records."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+from hesstrace_cli.reporting.layout import Strong, Table, Words
 
 Rows = Sequence[Sequence[str]]
 
@@ -27,43 +26,11 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{number(value)} ± {number(error, 2)}" if error else f"{number(value)} (exact)"
 
 
-_OF_WORDS = ("", "verdict", "detail")
-
-
-def rich_table(title: str, head: Sequence[str], rows: Rows) -> Table:
-    """A table with its first column and those of words to the left, the others to the right."""
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(head):
-        left = index == 0 or name in _OF_WORDS
-        table.add_column(
-            name, justify="left" if left else "right", overflow="fold", no_wrap=index == 0
-        )
-    for row in rows:
-        table.add_row(*(_bold(cell) for cell in row))
-    return table
-
-
-def _bold(cell: str) -> Text:
-    """Markdown's bold as the terminal's."""
-    if cell.startswith("**") and cell.endswith("**"):
-        return Text(cell.strip("*"), style="bold")
-    return Text(cell)
-
-
-def markdown_table(head: Sequence[str], rows: Rows) -> str:
-    """The table in GitHub's Markdown."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-SUMMARY_HEAD = ("quantity", "value")
-
-
-def summary_rows(summary: Mapping[str, Any]) -> Rows:
+def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What a finished run shows."""
     trace, penalty = summary["trace"], summary["trace_penalty"]
     rows = [
-        ["regularizers", summary["regularizers"]],
+        ["regularizers", Words(summary["regularizers"])],
         ["test accuracy", f"{summary['test_accuracy']:.4f}"],
         ["test loss", number(summary["test_loss"])],
         ["train loss", number(summary["train_loss"])],
@@ -73,16 +40,16 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
         rows.append(["validation accuracy", f"{summary['val_accuracy']:.4f}"])
     rows.append(["tr(H), training data, eval mode", with_error(trace["trace"], trace["stderr"])])
     if penalty is not None:
-        rows.append(["penalty on", f"tr({'G' if penalty['curvature'] == 'ggn' else 'H'})"])
-        rows.append(["", penalty["reason"]])
+        matrix = "G" if penalty["curvature"] == "ggn" else "H"
+        rows.append(["penalty on", Words(f"tr({matrix}): {penalty['reason']}")])
     rows.append(["seconds of training", f"{summary['seconds']:.1f}"])
-    return rows
+    return Table(title, ("quantity", "value"), rows)
 
 
 TRACE_HEAD = ("checkpoint", "trace", "95 % interval", "loss", "accuracy", "method", "passes")
 
 
-def trace_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """A row a checkpoint."""
     rows = []
     for r in records:
@@ -94,7 +61,8 @@ def trace_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
             "-" if r["stderr"] == 0 else interval, number(r["loss"]),
             f"{r['accuracy']:.4f}", r["method"], passes,
         ])  # fmt: skip
-    return rows
+    title = "trace of the Hessian" if records[0]["curvature"] == "hessian" else "trace of G"
+    return Table(title, TRACE_HEAD, rows)
 
 
 def subset_note(record: Mapping[str, Any]) -> str | None:
@@ -111,7 +79,7 @@ LAYER_HEAD = ("parameter", "weights", "trace", "± stderr", "per weight", "share
 _BAR_WIDTH = 20
 
 
-def layer_rows(record: Mapping[str, Any]) -> Rows:
+def layer_table(record: Mapping[str, Any]) -> Table:
     """A row a parameter tensor, with a bar for its share of the trace."""
     layers = record["per_layer"]
     total = sum(layer["trace"] for layer in layers)
@@ -124,9 +92,9 @@ def layer_rows(record: Mapping[str, Any]) -> Rows:
             layer["name"], str(layer["num_parameters"]), number(trace),
             "?" if error is None else "exact" if error == 0 else number(error, 2),
             number(trace / layer["num_parameters"], 3),
-            f"{trace / total:.1%}" if total else "-", ("-" if trace < 0 else "") + bar,
+            f"{trace / total:.1%}" if total else "-", Words(("-" if trace < 0 else "") + bar),
         ])  # fmt: skip
-    return rows
+    return Table(record["checkpoint"], LAYER_HEAD, rows)
 
 
 READING = (
@@ -138,7 +106,7 @@ READING = (
 REPORT_HEAD = ("quantity", "training data", "test data", "gap")
 
 
-def report_rows(record: Mapping[str, Any]) -> Rows:
+def report_table(record: Mapping[str, Any]) -> Table:
     """The quantities that generalization bounds by flatness combine, of one checkpoint."""
     report, matrix = record["report"], "H" if record["curvature"] == "hessian" else "G"
     jacobian = with_error(report["input_jacobian"], report["input_jacobian_stderr"])
@@ -151,13 +119,10 @@ def report_rows(record: Mapping[str, Any]) -> Rows:
     for name, value in ((f"tr({matrix})", with_error(record["trace"], record["stderr"])),
                         ("input Jacobian, mean ||df/dx||^2", jacobian)):  # fmt: skip
         rows.append([name, *([value, ""] if record["split"] == "train" else ["", value]), ""])
-    return rows
+    return Table(record["checkpoint"], REPORT_HEAD, rows)
 
 
-SPECTRUM_HEAD = ("quantity", "value", "error")
-
-
-def spectrum_rows(record: Mapping[str, Any]) -> Rows:
+def spectrum_table(record: Mapping[str, Any]) -> Table:
     """The eigenvalues, the density's figures and the stability of one checkpoint."""
     rows = [
         [f"eigenvalue {i}", number(value), f"± {number(residual, 2)}"]
@@ -205,17 +170,22 @@ def spectrum_rows(record: Mapping[str, Any]) -> Rows:
         rows.append([f"{at}: worst found", number(own["worst"]), "a lower bound"])
     rows.append(["train loss" if record["split"] == "train" else "test loss",
                  number(record["loss"]), ""])  # fmt: skip
-    return rows
+    matrix = "Hessian" if record["curvature"] == "hessian" else "Gauss-Newton matrix"
+    return Table(f"{matrix} of {record['checkpoint']}", ("quantity", "value", "error"), rows)
+
+
+def verdict_table(title: str, record: Mapping[str, Any]) -> Table:
+    """A row a check."""
+    rows = [[row["check"], Words(row["verdict"]), Words(row["detail"])] for row in record["rows"]]
+    return Table(title, ("check", "verdict", "detail"), rows)
 
 
 _GENERALIZATION = ("test_accuracy", "test_loss", "calibration_error")
 _CURVATURE = ("train_loss", "generalization_gap", "trace", "input_jacobian", "top_eigenvalue")
 
 
-def comparison_tables(
-    comparison: Mapping[str, Any], *, several: bool
-) -> list[tuple[str, Sequence[str], Rows]]:
-    """Two tables, title, head and rows: how well the rows generalize; their curvature and cost.
+def comparison_tables(comparison: Mapping[str, Any], *, several: bool) -> list[Table]:
+    """Two tables: how well the rows generalize; their curvature and cost.
 
     Args:
         comparison: The comparison's record.
@@ -239,8 +209,8 @@ def comparison_tables(
                       "-" if cost is None else f"{cost:.2f}"])  # fmt: skip
     spread = "mean ± standard deviation over seeds, of the last epoch"
     return [
-        (f"{spread}; differences with 95 % interval and Holm's p", first, upper),
-        (f"{spread}; step cost over none's", second, lower),
+        Table(f"{spread}; differences with 95 % interval and Holm's p", first, upper),
+        Table(f"{spread}; step cost over none's", second, lower),
     ]
 
 
@@ -255,7 +225,7 @@ def _seeds(row: Mapping[str, Any]) -> str:
 
 def _winning(row: Mapping[str, Any], measure: str) -> str:
     text = _spread(row[measure])
-    return f"**{text}**" if measure in row["wins"] else text
+    return Strong(text) if measure in row["wins"] else text
 
 
 def _spread(measure: Mapping[str, Any]) -> str:
