@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hesstrace_cli import __version__
+from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.boundary import ErrorBoundary
 from hesstrace_cli.cli.compare import compare
 from hesstrace_cli.cli.estimate_trace import estimate_trace
@@ -53,6 +54,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
+    warnings.showwarning = screen.warn
+    sys.excepthook = screen.show_bug
     # PyTorch's own forward mode calls it.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-    app()
+    typer.main.get_command(app)()  # app() would put Typer's own excepthook in the place of ours

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TextIO
 
 import typer
@@ -76,9 +77,33 @@ def complain(text: str) -> None:
     """An error, made safe, in one line; every process may say it."""
     if is_second():
         text = f"process {os.environ['RANK']}: {text}"
+    _write_line(text)
+
+
+def _write_line(text: str) -> None:
     console = _console(sys.stderr, stderr=True)
     console.quiet = False
     console.print(Text(for_screen(text)), soft_wrap=True)
+
+
+def warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    *_: object,
+    **__: object,
+) -> None:
+    """A library's warning, in the place of Python's own way to show it."""
+    say(f"{filename}:{lineno}: {category.__name__}: {message}")
+
+
+def show_bug(
+    kind: type[BaseException], problem: BaseException, place: TracebackType | None
+) -> None:
+    """The traceback of an error that is none of the user's, its texts made safe."""
+    for line in "".join(traceback.format_exception(kind, problem, place)).rstrip().split("\n"):
+        _write_line(line)
 
 
 def echo(text: str) -> None:

@@ -3,20 +3,79 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.reporting.layout import shortened
+from hesstrace_cli.reporting.text import for_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS, _MOST_INSIDE = 10, 5
-_MARKERS, _LINES, _HATCHES = "o^s", ("-", "--", ":"), ("", "///", "...")
+_MOST_INSIDE = 5  # names of a legend inside the axes
 _BAR, _BAR_HEIGHT, _MOST_BARS = "#4477aa", 0.22, 60
+_LONGEST_NAME = 40
 Record = Mapping[str, Any]
+
+_PLAIN = "#7f7f7f"
+_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # C7 is grey
+_MARKERS = "os^Dv<>PX*"
+_LINES: tuple[Any, ...] = (
+    "-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 4)),
+    (0, (10, 3, 2, 3)), (0, (2, 1)),
+)  # fmt: skip
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---", "|||", "***")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one of several rows is drawn; no two of up to 90 look the same.
+
+    Attributes:
+        colour: Grey for the plain network alone.
+        marker: Of points.
+        line: Of lines.
+        hatch: Of bars.
+    """
+
+    colour: str
+    marker: str
+    line: Any
+    hatch: str
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each name."""
+    found = {}
+    for grey in (True, False):
+        colours = (_PLAIN,) if grey else _COLOURS
+        for number, name in enumerate(n for n in names if _is_plain(n) == grey):
+            style = number // len(colours) % len(_MARKERS)
+            found[name] = Look(colours[number % len(colours)], _MARKERS[style], _LINES[style],
+                               _HATCHES[style])  # fmt: skip
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    return name.split(" ")[-1] == "none"
+
+
+def drawn(name: str) -> str:
+    """A name as it is drawn: safe, and cut in the middle where it is long."""
+    if len(name) > _LONGEST_NAME:
+        end = 2 * _LONGEST_NAME // 3
+        name = f"{name[: _LONGEST_NAME - end]}...{name[-end:]}"
+    return for_plot(name)
+
+
+def drawn_names(names: Sequence[str]) -> list[str]:
+    """Names beside each other: without what all have in common."""
+    return list(map(drawn, shortened(names)))
 
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -39,7 +98,9 @@ def save(figure: Figure, file: str) -> None:
         ConfigError: If the format is not known or the file cannot be written.
     """
     try:
-        figure.savefig(file, dpi=150, bbox_inches="tight")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
+            figure.savefig(file, dpi=150, bbox_inches="tight")
     except (OSError, ValueError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())
         raise ConfigError(f"--plot {file!r} cannot be written: {reason}") from problem
@@ -52,7 +113,7 @@ def plot_traces(records: Sequence[Record]) -> Figure:
     if all(record.get("epoch") is not None for record in records):
         return plot_epochs(records)
     return _bars(
-        [str(r["checkpoint"]) for r in records],
+        drawn_names([str(r["checkpoint"]) for r in records]),
         [r["trace"] for r in records],
         [r["stderr"] for r in records],
         f"{_matrix(records[0])} of {len(records)} checkpoints",
@@ -63,13 +124,13 @@ def plot_traces(records: Sequence[Record]) -> Figure:
 def plot_layers(record: Record) -> Figure:
     """A bar for the trace of every parameter tensor, the largest where there are too many."""
     layers = list(record["per_layer"])
-    title = f"{_matrix(record)} by parameter: {record['checkpoint']}"
+    title = f"{_matrix(record)} by parameter: {drawn(str(record['checkpoint']))}"
     if len(layers) > _MOST_BARS:
         largest = sorted(layers, key=lambda layer: -abs(layer["trace"]))[:_MOST_BARS]
         title += f" (the {_MOST_BARS} largest of {len(layers)})"
         layers = [layer for layer in layers if layer in largest]
     return _bars(
-        [f"{layer['name']} ({layer['num_parameters']})" for layer in layers],
+        [f"{drawn(layer['name'])} ({layer['num_parameters']})" for layer in layers],
         [layer["trace"] for layer in layers],
         [layer["stderr"] for layer in layers],
         title,
@@ -83,29 +144,40 @@ def plot_epochs(records: Sequence[Record]) -> Figure:
     runs: dict[str, list[Record]] = {}
     for record in records:
         runs.setdefault(str(Path(record["checkpoint"]).parent), []).append(record)
-    for folder, own in runs.items():
-        own = sorted(own, key=lambda r: r["epoch"])
+    by_name = looks(list(runs))
+    for (folder, own), name in zip(runs.items(), drawn_names(list(runs)), strict=True):
+        own, look = sorted(own, key=lambda r: r["epoch"]), by_name[folder]
         axes.errorbar(
             [r["epoch"] for r in own], [r["trace"] for r in own],
-            yerr=[1.96 * (r["stderr"] or 0) for r in own],
-            marker="o", markersize=4, capsize=2, linewidth=1.2, label=folder,
+            yerr=[1.96 * (r["stderr"] or 0) for r in own], color=look.colour, linestyle=look.line,
+            marker=look.marker, markersize=4, capsize=2, linewidth=1.2, label=name,
         )  # fmt: skip
+    of_epochs(axes)
     axes.set(xlabel="epoch", ylabel=_matrix(records[0]))
     if all(r["trace"] > 0 for r in records):
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
-    axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    finish(axes)
     return figure
+
+
+def of_epochs(axes: Axes) -> None:
+    """Whole numbers along the axis of epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_accuracy(summaries: Sequence[Record]) -> Figure:
     """Test accuracy against the trace, a point a run, a colour a regularizer."""
     summaries = [s for s in summaries if s["trace"]["trace"] is not None]
     figure, axes = _figure(6.4, 4.4)
-    for number, (name, own) in enumerate(_by_row(summaries).items()):
-        axes.scatter([s["trace"]["trace"] for s in own], [s["test_accuracy"] for s in own],
-                     s=26, alpha=0.8, label=name, color=f"C{number % _COLOURS}",
-                     marker=_MARKERS[number // _COLOURS % len(_MARKERS)])  # fmt: skip
+    for name, look, own in _rows(summaries):
+        traces, accuracies = zip(
+            *((s["trace"]["trace"], s["test_accuracy"]) for s in own), strict=True
+        )
+        axes.scatter(
+            traces, accuracies, s=26, alpha=0.8, label=name, color=look.colour, marker=look.marker
+        )
     if all(s["trace"]["trace"] > 0 for s in summaries):
         axes.set_xscale("log")
     axes.set(xlabel="tr(H), training data, eval mode", ylabel="test accuracy")
@@ -115,14 +187,14 @@ def plot_accuracy(summaries: Sequence[Record]) -> Figure:
 
 def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
     """The mean trace of every parameter tensor, a bar a regularizer; None for mixed models."""
-    rows = _by_row(summaries)
+    rows = _rows(summaries)
     layers = [[layer["name"] for layer in s["trace"]["per_layer"]] for s in summaries]
     if not layers or any(names != layers[0] for names in layers) or len(layers[0]) > _MOST_BARS:
         return None
     names = layers[0]
     figure, axes = _figure(7.0, 1.0 + _BAR_HEIGHT * len(names) * max(1.0, 0.35 * len(rows)))
     height = 0.8 / len(rows)
-    for number, (row, own) in enumerate(rows.items()):
+    for number, (row, look, own) in enumerate(rows):
         means = [
             sum(s["trace"]["per_layer"][i]["trace"] for s in own) / len(own)
             for i in range(len(names))
@@ -132,10 +204,11 @@ def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
             means,
             height,
             label=row,
-            color=f"C{number % _COLOURS}",
-            hatch=_HATCHES[number // _COLOURS % 3],
+            color=look.colour,
+            hatch=look.hatch,
         )
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=7)
+    places = [i + 0.4 - height / 2 for i in range(len(names))]
+    axes.set_yticks(places, list(map(drawn, names)), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("tr(H) of the block, mean over seeds")
     finish(axes)
@@ -146,37 +219,38 @@ def plot_curves(summaries: Sequence[Record]) -> Figure:
     """Training loss and validation accuracy by epoch: means, with the range over the seeds."""
     figure, left = _figure(10.0, 3.8, (1, 2, 1))
     right = figure.add_subplot(1, 2, 2)
-    for number, (name, own) in enumerate(_by_row(summaries).items()):
-        look: dict[str, Any] = {
-            "color": f"C{number % _COLOURS}",
-            "linestyle": _LINES[number // _COLOURS % 3],
-        }
+    for name, look, own in _rows(summaries):
         for axes, key in ((left, "train_loss"), (right, "val_accuracy")):
             curves = [c for c in (_curve(s["folder"], key) for s in own) if c]
             if not curves:
                 continue
             epochs = range(1, 1 + min(map(len, curves)))
             columns = list(zip(*(c[: len(epochs)] for c in curves), strict=True))
-            (line,) = axes.plot(
-                epochs, [sum(c) / len(c) for c in columns], label=name, lw=1.3, **look
-            )
+            means = [sum(c) / len(c) for c in columns]
+            axes.plot(epochs, means, label=name, lw=1.3, color=look.colour, linestyle=look.line)
             axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns],
-                              color=line.get_color(), alpha=0.18, linewidth=0)  # fmt: skip
+                              color=look.colour, alpha=0.18, linewidth=0)  # fmt: skip
     left.set(xlabel="epoch", ylabel="training loss, penalties left out", yscale="log")
     right.set(xlabel="epoch", ylabel="validation accuracy")
+    of_epochs(left)
+    of_epochs(right)
     left.grid(visible=True, linewidth=0.4, alpha=0.5)
     finish(right)
     figure.tight_layout()
     return figure
 
 
-def _by_row(summaries: Sequence[Record]) -> dict[str, list[Record]]:
+def _rows(summaries: Sequence[Record]) -> list[tuple[str, Look, list[Record]]]:
+    """Name, look and runs of each row, the plain network first."""
     several = len({(s["dataset"], s["model"]) for s in summaries}) > 1
     rows: dict[str, list[Record]] = {}
     for s in summaries:
         name = f"{s['dataset']} {s['model']} {s['regularizers']}" if several else s["regularizers"]
         rows.setdefault(name, []).append(s)
-    return rows
+    order = sorted(rows, key=lambda name: not _is_plain(name))
+    by_name = looks(order)
+    return [(name, by_name[row], rows[row])
+            for row, name in zip(order, drawn_names(order), strict=True)]  # fmt: skip
 
 
 def _curve(folder: str, key: str) -> list[float]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hesstrace_cli.reporting.plots import Record, finish
+from hesstrace_cli.reporting.plots import Record, drawn, drawn_names, finish, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def _density(axes: Axes, record: Record) -> None:
                      label=f"stability threshold, lr {stability['lr']:g}")  # fmt: skip
     name = "H" if record["curvature"] == "hessian" else "G"
     axes.set(xlabel=f"eigenvalue of {name}", ylabel="share of eigenvalues per unit")
-    axes.set_title(str(record["checkpoint"]), fontsize=9, loc="left")
+    axes.set_title(drawn(str(record["checkpoint"])), fontsize=9, loc="left")
     finish(axes)
 
 
@@ -63,9 +63,13 @@ def _share_limits(panels: Sequence[Axes]) -> None:
 
 
 def _lines(axes: Axes, records: Sequence[Record]) -> None:
-    for record in records:
+    paths = [str(record["checkpoint"]) for record in records]
+    by_path = looks(paths)
+    for record, path, name in zip(records, paths, drawn_names(paths), strict=True):
         losses = [math.nan if x is None else x for x in record["slice"]["losses"]]
-        axes.plot(record["slice"]["grid"], losses, marker=".", label=str(record["checkpoint"]))
+        look = by_path[path]
+        axes.plot(record["slice"]["grid"], losses, color=look.colour, linestyle=look.line,
+                  marker=".", label=name)  # fmt: skip
     axes.set(xlabel="distance along a random direction, share of every filter's norm",
              ylabel="loss")  # fmt: skip
     if all((x or 0) > 0 for record in records for x in record["slice"]["losses"]):
@@ -89,7 +93,8 @@ def _contours(figure: Figure, panels: Sequence[Axes], records: Sequence[Record])
         axes.contour(grid, grid, shape, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
         axes.plot(0, 0, "+", color="#cc3311", markersize=9)
         axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
-        axes.set_title(f"loss around {record['checkpoint']}", fontsize=9, loc="left")
+        name = drawn(str(record["checkpoint"]))
+        axes.set_title(f"loss around {name}", fontsize=9, loc="left")
     ticks = levels[:: max(1, _LEVELS // 6)]
     bar = figure.colorbar(drawn, ax=list(panels), label="loss", ticks=ticks)
     bar.ax.set_yticklabels([f"{t:.3g}" for t in ticks])
