@@ -28,6 +28,7 @@ from hesstrace_cli.evaluation import evaluate, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
+from hesstrace_cli.precision import full_precision
 
 SCHEMA = "hesstrace/trace/1"
 _DEFAULT_RTOL = 0.05
@@ -48,6 +49,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@full_precision()
 def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float:
     """The largest eigenvalue of H over a split, in eval mode, to a residual of .001 of it."""
     was_training = model.training
@@ -188,6 +190,7 @@ def _by_sketch(
         num_products *= 2
 
 
+@full_precision()
 def trace_record(
     model: nn.Module,
     split: Split,
@@ -261,6 +264,7 @@ def _interval(mean: Mean) -> list[float] | None:
     return list(interval)
 
 
+@full_precision()
 def estimate_checkpoint(
     path: str, config: EstimateConfig, on_pass: OnPass | None = None
 ) -> tuple[dict[str, Any], list[str]]:

@@ -1,7 +1,10 @@
-"""Half precision in training: the model's forward pass, while its mode is `train`."""
+"""Half precision in training, and full precision in what is measured."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -35,3 +38,47 @@ def run_in_precision(model: nn.Module, precision: str, device: torch.device) -> 
         return output.float()
 
     model.forward = in_half
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 in float32, which GPUs by default do not for convolutions (TF32).
+
+    TF32 rounds factors to 10 bits: residuals and differences of measured curvatures would be those
+    of the rounding. The settings are restored afterwards.
+    """
+    backends: Any = torch.backends
+    parts = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    before = [(part, part.fp32_precision) for part in parts]
+    convolutions, products = _older_settings()
+    # The older settings first: PyTorch refuses to be asked for one that the newer contradicts.
+    _set_older_settings(False if convolutions else None, "highest" if products else None)
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        _set_older_settings(convolutions, products)
+        for part, precision in before:
+            part.fp32_precision = precision
+
+
+def _older_settings() -> tuple[bool | None, str | None]:
+    """Of convolutions and of products; None where a newer setting holds that they cannot tell."""
+    convolutions = products = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are the older ones
+        with suppress(RuntimeError):
+            convolutions = torch.backends.cudnn.allow_tf32
+        with suppress(RuntimeError):
+            products = torch.get_float32_matmul_precision()
+    return convolutions, products
+
+
+def _set_older_settings(convolutions: bool | None, products: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        if products is not None:
+            torch.set_float32_matmul_precision(products)

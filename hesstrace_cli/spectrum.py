@@ -29,6 +29,7 @@ from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import versions
 from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
+from hesstrace_cli.precision import full_precision
 from hesstrace_cli.stability import sentence, stability
 
 SCHEMA = "hesstrace/spectrum/1"
@@ -37,6 +38,7 @@ _CONVERGED = 1e-3  # of the largest, as asked of the residuals
 _BULK = 0.99  # share of the eigenvalues that count as the bulk
 
 
+@full_precision()
 def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str, Any], list[str]]:
     """The spectrum record of one checkpoint, and warnings.
 

@@ -13,10 +13,12 @@ from hesstrace_cli.data import DataSet, Split, stratified_order
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import top_eigenvalue, trace_record
 from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
+from hesstrace_cli.precision import full_precision
 
 _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
 
 
+@full_precision()
 def summarize(
     model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path
 ) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from hesstrace_cli.estimation import versions
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
+from hesstrace_cli.precision import full_precision
 from hesstrace_cli.stepcost import step_costs
 from hesstrace_cli.verdicts import (
     GOOD,
@@ -70,7 +71,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     again, _ = next(data.train.batches(config.batch_size))
     rows = [_data_repeats(torch.equal(X, again))]
     for mode in (True, False):
-        rows += _rows(model.train(mode), X, y, "train" if mode else "eval", config.seed)
+        with full_precision():
+            rows += _rows(model.train(mode), X, y, "train" if mode else "eval", config.seed)
     good = all(row.verdict in GOOD for row in rows)
     if good:
         rows += _costs(config)
@@ -181,9 +183,7 @@ def _displaced(
         for name, part in direction.items():
             values[name] += size * part
     leaves = {n: value.requires_grad_() for n, value in values.items()}
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    logits: Tensor = functional_call(model, {**leaves, **buffers}, (X,))
-    return logits, leaves
+    return call_as_it_is(model, X, leaves), leaves
 
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:

@@ -152,8 +152,13 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _without_cudnn(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
+        cudnn = torch.backends.cudnn
+        before = cudnn.enabled
+        cudnn.enabled = False  # `cudnn.flags` would set all its other flags too
+        try:
             return recurrent(*args, **kwargs)
+        finally:
+            cudnn.enabled = before
 
     return call
 
@@ -182,8 +187,15 @@ _NORMS: dict[Any, Callable[..., Tensor]] = {
     torch.rms_norm: rms_norm,
 }
 
+# In eval mode cuDNN's recurrent layers have no derivative at all.
+_FIRST_ORDER: dict[Any, Callable[..., Any]] = {
+    recurrent: _without_cudnn(recurrent)
+    for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+}
+
 # Right and fast where only second derivatives in reverse mode are taken (the Gauss-Newton penalty).
 _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
+    **_FIRST_ORDER,
     torch._weight_norm: weight_norm,
     torch.norm_except_dim: norm_except_dim,
     F.hardsigmoid: hardsigmoid,
@@ -192,10 +204,6 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     torch._C._nn.hardswish: hardswish,
     # The kernels' second derivatives in half precision overflow, so they run in float32.
     **{operation: _in_full_precision(operation) for operation in _NORMS},
-    **{
-        recurrent: _without_cudnn(recurrent)
-        for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-    },
 }
 
 _ANY_ORDER: dict[Any, Callable[..., Any]] = {
@@ -223,9 +231,14 @@ def differentiable_ops(*, order: int = 3) -> Iterator[None]:
     """Run what is inside with operations whose derivatives up to `order` are right.
 
     Args:
-        order: 2 keeps the fast norm kernels, whose second derivative in reverse mode is right;
-            3 replaces them too, and is needed for any forward mode.
+        order: 1 keeps all of the model's own operations but cuDNN's recurrent layers; 2 keeps
+            the fast norm kernels, whose second derivative in reverse mode is right; 3 replaces
+            them too, and is needed for any forward mode.
     """
+    if order <= 1:
+        with _ReplaceOperations(_FIRST_ORDER):
+            yield
+        return
     replacements = _SECOND_ORDER if order <= 2 else _ANY_ORDER
     with sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
         yield

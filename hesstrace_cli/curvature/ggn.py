@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from hesstrace_cli.curvature.graph import gradient
+from hesstrace_cli.curvature.graph import check_graph, gradient, inner
 from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.failures import is_of_the_machine
 
 
 def softmax_root(logits: Tensor, e: Tensor) -> Tensor:
@@ -128,12 +129,40 @@ def ggn_vp(
 
     Returns:
         G v by name, in the shapes of `params`.
+
+    Raises:
+        NotImplementedError: If an operation has neither a forward nor a second derivative.
     """
-    kept = {name: params[name] for name in probe}
+    try:
+        logits, pushed = _pushed_forward(logits_of, params, probe)
+    except RuntimeError as problem:
+        if is_of_the_machine(problem):
+            raise
+        # Fused recurrent layers and many a custom Function have no forward derivative.
+        logits, pushed = _pushed_backward(logits_of, params, probe)
+    cotangent = softmax_hessian(logits, pushed).detach() / len(logits)
+    return gradient((logits * cotangent).sum(), params)
+
+
+def _pushed_forward(
+    logits_of: Callable[[Params], Tensor], params: Params, probe: Params
+) -> tuple[Tensor, Tensor]:
+    """The logits with their graph, and J v by forward mode."""
 
     def of_kept(parts: Any) -> Tensor:
         return logits_of({**params, **parts})
 
+    kept = {name: params[name] for name in probe}
     logits, pushed = jvp(of_kept, (kept,), (dict(probe),))[:2]
-    cotangent = softmax_hessian(logits, pushed).detach() / len(logits)
-    return gradient((logits * cotangent).sum(), params)
+    return logits, pushed
+
+
+def _pushed_backward(
+    logits_of: Callable[[Params], Tensor], params: Params, probe: Params
+) -> tuple[Tensor, Tensor]:
+    """The same by two backward passes: <J^T u, v> is linear in u, and its gradient in u is J v."""
+    logits = logits_of(params)
+    u = torch.zeros_like(logits, requires_grad=True)
+    pulled = gradient((logits * u).sum(), {n: params[n] for n in probe}, create_graph=True)
+    check_graph(*pulled.values())
+    return logits, gradient(inner(pulled, probe), {"u": u})["u"]

@@ -45,13 +45,16 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> Tensor:
     """The logits with the model's own operations, its buffers left as they are.
 
+    They have first derivatives in eval mode too, where cuDNN's recurrent layers have none.
+
     Args:
         model: In the mode that is meant.
         X: A batch.
         params: Taken instead of the model's own.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    logits: Tensor = functional_call(model, {**buffers, **(params or {})}, (X,))
+    with differentiable_ops(order=1):
+        logits: Tensor = functional_call(model, {**buffers, **(params or {})}, (X,))
     return logits
 
 

@@ -12,10 +12,23 @@ from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def ggn_product(objective: Objective, X: Tensor, probe: Params) -> dict[str, Tensor]:
+    """G v of a batch, by name.
+
+    Raises:
+        DerivativeError: If the model has not the derivatives for it.
+    """
+    try:
+        return ggn_vp(lambda p: objective.logits(p, X), objective.params, probe)
+    except RuntimeError as problem:
+        raise refuse(problem, objective, X) from problem
 
 
 class Matrix(Protocol):
@@ -72,8 +85,7 @@ class CurvatureMatrix:
         return total
 
     def _ggn(self, X: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        objective = self.objective
-        return lambda v: ggn_vp(lambda p: objective.logits(p, X), objective.params, v)
+        return lambda v: ggn_product(self.objective, X, v)
 
     def _hessian(self, X: Tensor, y: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         params = self.objective.params

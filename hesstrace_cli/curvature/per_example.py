@@ -10,6 +10,7 @@ by example.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -256,7 +257,9 @@ def differentiated_norms(
 
     size = max(1, norm_rules.CHUNK // (len(e) * sum(p.numel() for p in params.values())))
     try:
-        mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, e)
+        with warnings.catch_warnings():  # slow where torch has no batching rule, but right
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, e)
     except (RuntimeError, NotImplementedError) as problem:
         if is_of_the_machine(problem):
             raise

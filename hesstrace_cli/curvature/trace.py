@@ -14,10 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.curvature.exact import PerExampleTrace, hessian_diagonal_traces
-from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.operator import ggn_product
 from hesstrace_cli.curvature.probes import Params, Scheme, draw_probe
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
@@ -144,8 +144,7 @@ def ggn_sampler(objective: Objective, scheme: Scheme = "none", keep_prob: float 
         rows = []
         for _ in range(num_probes):
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
-            product = ggn_vp(lambda p: objective.logits(p, batch.X), params, v)
-            rows.append(quadratic_samples(product, v, params))
+            rows.append(quadratic_samples(ggn_product(objective, batch.X, v), v, params))
         return torch.stack(rows)[:, None]
 
     return sample

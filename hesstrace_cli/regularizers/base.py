@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
 
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ class Step:
         """
         objective = self.objective
         moved = {name: p + shift[name] for name, p in objective.params.items()}
-        buffers = {name: buffer.clone() for name, buffer in objective.model.named_buffers()}
-        logits: Tensor = functional_call(objective.model, {**moved, **buffers}, (self.X,))
-        return objective.loss_func(logits, self.targets)
+        return objective.loss_func(call_as_it_is(objective.model, self.X, moved), self.targets)
 
 
 @dataclass(frozen=True)
