@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
         correct += (logits.argmax(1) == y).sum().item()
     model.train(was_training)
     return loss / len(split), correct / len(split)
+
+
+def finite(number: float | None) -> float | None:
+    """The number; None where it is infinite or none, as no JSON can hold it."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 _BINS = 15
@@ -122,7 +128,7 @@ def generalization_report(
         "train_accuracy": train_accuracy,
         "test_accuracy": test_accuracy,
         "accuracy_gap": train_accuracy - test_accuracy,
-        "input_jacobian": jacobian.value,
-        "input_jacobian_stderr": jacobian.stderr,
+        "input_jacobian": finite(jacobian.value),
+        "input_jacobian_stderr": finite(jacobian.stderr),
         "trace": trace,
     }

@@ -12,7 +12,7 @@ from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.data import DataSet, Split, stratified_order
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import top_eigenvalue, trace_record
-from hesstrace_cli.evaluation import calibration_error, evaluate, input_jacobian
+from hesstrace_cli.evaluation import calibration_error, evaluate, finite, input_jacobian
 from hesstrace_cli.precision import full_precision
 
 _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
@@ -57,11 +57,18 @@ def summarize(
         "test_accuracy": test_accuracy,
         "calibration_error": calibration_error(model, data.test, batch_size),
         "trace": _trace(model, some, len(data.train), config, checkpoint),
-        "input_jacobian": input_jacobian(model, some, batch_size).value,
-        "top_eigenvalue": top_eigenvalue(model, some, batch_size, config.seed)
+        "input_jacobian": finite(input_jacobian(model, some, batch_size).value),
+        "top_eigenvalue": _top_eigenvalue(model, some, batch_size, config.seed)
         if config.top_eigenvalue
         else None,
     }
+
+
+def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float | None:
+    try:
+        return top_eigenvalue(model, split, batch_size, seed)
+    except (ModelError, NumericsError):  # the trace's reason says the same
+        return None
 
 
 def _trace(
@@ -74,7 +81,7 @@ def _trace(
     place = {"checkpoint": str(checkpoint), "model": config.model, "dataset": config.dataset}
     try:
         record = trace_record(model, split, settings, population=population)
-    except ModelError as problem:  # the training itself was fine
+    except (ModelError, NumericsError) as problem:  # the training itself was fine
         nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
         return {**nothing, "reason": str(problem), "per_layer": [], **place}
     return {**record, **place}

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hesstrace_cli.curvature.checkpointing import plain_checkpoints
+
 
 def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
     mean = X.mean(dims, keepdim=True)
@@ -236,9 +238,9 @@ def differentiable_ops(*, order: int = 3) -> Iterator[None]:
             them too, and is needed for any forward mode.
     """
     if order <= 1:
-        with _ReplaceOperations(_FIRST_ORDER):
+        with plain_checkpoints(), _ReplaceOperations(_FIRST_ORDER):
             yield
         return
     replacements = _SECOND_ORDER if order <= 2 else _ANY_ORDER
-    with sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
+    with plain_checkpoints(), sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
         yield

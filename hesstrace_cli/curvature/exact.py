@@ -115,8 +115,9 @@ def hessian_diagonal_traces(objective: Objective, X: Tensor, y: Tensor) -> Tenso
     for name, p in params.items():
         total = torch.zeros((), dtype=torch.float64, device=p.device)
         for index in range(p.numel()):
-            column = torch.zeros_like(p)
-            column.view(-1)[index] = 1
-            total += hvp(grad, params, {name: column})[name].view(-1)[index].detach()
+            column = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+            column[index] = 1
+            product = hvp(grad, params, {name: column.view(p.shape)})[name]
+            total += product.detach().flatten()[index]
         traces.append(total)
     return torch.stack(traces)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesstrace_cli.curvature.operator import Matrix
+from hesstrace_cli.errors import NumericsError
 
 
 def inner_products(V: Tensor, w: Tensor) -> Tensor:
@@ -87,7 +89,12 @@ class Krylov:
         Returns:
             Three tensors of shape (m,), float64. An eigenvalue of A lies within its residual of
             each Ritz value; the weights, squares of the eigenvectors' first entries, sum to 1.
+
+        Raises:
+            NumericsError: If a product was not finite.
         """
+        if not all(map(math.isfinite, (*self.alphas, *self.betas))):
+            raise NumericsError("a product with the Hessian is infinite or not a number")
         T = torch.diag(torch.tensor(self.alphas, dtype=torch.float64))
         off = torch.tensor(self.betas[:-1], dtype=torch.float64)
         T += torch.diag(off, 1) + torch.diag(off, -1)

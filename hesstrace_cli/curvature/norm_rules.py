@@ -16,6 +16,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,13 +123,24 @@ def _convolution(node: Any) -> NormsOf | None:
         "padding": two(node._saved_padding, 0),
         "stride": two(node._saved_stride, 1),
     }
+    window_by_axis = [window[name] for name in ("padding", "dilation", "kernel_size", "stride")]
 
-    def vectors(images: Tensor, layout: Layout, *, patches: bool) -> Tensor:
+    def unfolded(images: Tensor, places: Sequence[int]) -> Tensor:
+        """The patches at the given places; output padding leaves some after them that meet none."""
+        images = images.unsqueeze(2) if W.dim() == 3 else images
+        grid = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(images.shape[2:], *window_by_axis, strict=True)
+        ]
+        columns = F.unfold(images, **window)
+        if math.prod(grid) == math.prod(places):
+            return columns
+        height, width = two(places, 1)
+        return columns.unflatten(2, grid)[:, :, :height, :width].flatten(2)
+
+    def vectors(images: Tensor, layout: Layout, places: Sequence[int] | None = None) -> Tensor:
         """From (R, C, H, W) to (N * groups, positions of all rows, channels or patch)."""
-        if patches:
-            columns = F.unfold(images.unsqueeze(2) if W.dim() == 3 else images, **window)
-        else:
-            columns = images.flatten(2)
+        columns = images.flatten(2) if places is None else unfolded(images, places)
         grouped = layout.group(columns.unflatten(1, (groups, -1)))  # (N, L, groups, d, positions)
         return grouped.permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1)
 
@@ -136,13 +148,13 @@ def _convolution(node: Any) -> NormsOf | None:
     remembered: dict[Layout, Outer] = {}
 
     def weight(g: Tensor, x: Tensor, layout: Layout, whole: bool) -> Tensor:
+        image, other = (g, x) if transposed else (x, g)
         outer = remembered.get(layout) if whole else None
         if outer is None:
-            outer = Outer(vectors(g if transposed else x, layout, patches=True))
+            outer = Outer(vectors(image, layout, other.shape[2:]))
             if whole and not transposed:
                 remembered[layout] = outer
-        other = vectors(x if transposed else g, layout, patches=False)
-        return outer.norms(other).unflatten(0, (-1, groups)).sum(1)
+        return outer.norms(vectors(other, layout)).unflatten(0, (-1, groups)).sum(1)
 
     def norms(g: Tensor, layout: Layout) -> Norms:
         result = {"bias": layout.group(g).flatten(3).sum((1, 3)).square().sum(1)}

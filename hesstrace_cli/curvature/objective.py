@@ -120,10 +120,9 @@ def uses_batch_statistics(model: nn.Module, X: Tensor) -> bool:
     Decided by the operations that a forward pass in the model's present mode runs, so that a
     batch norm called as a function is found too. The model and the random state are untouched.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [X.device] if X.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _BatchStatistics() as watch:
-        functional_call(model, buffers, (X,))
+        call_as_it_is(model, X)
     return watch.found
 
 
@@ -136,5 +135,5 @@ def draws_random_numbers(model: nn.Module, X: Tensor) -> bool:
 
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = state()
-        functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, (X,))
+        call_as_it_is(model, X)
         return any(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchvision import models as torchvision_models
 
 from hesstrace_cli.errors import ModelError
@@ -68,7 +69,29 @@ def build_model(
         raise ModelError(
             f"model {spec!r} gave a {type(model).__name__}, expected a torch.nn.Module"
         )
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _initialize(model, in_shape, spec)
     return model
+
+
+def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
+    """Give lazy modules their parameters by a forward pass."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *in_shape))
+    except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model {spec!r} has lazy modules, and the forward pass on inputs of shape "
+            f"{tuple(in_shape)} that would initialize them failed: {reason}"
+        ) from problem
+    for module, training in modes.items():
+        module.training = training
 
 
 def _factory(spec: str) -> Callable[..., nn.Module]:

@@ -102,6 +102,10 @@ PIECEWISE_LINEAR = {
         )).amax((2, 3)) @ m.head,
         kernel=(4, 2, 2, 2), head=(4, 3),
     ),
+    "checkpointed": lambda: Function(
+        lambda m, X: F.relu(checkpoint(torch.matmul, X, m.a, use_reentrant=False)) @ m.head,
+        a=(8, 6), head=(6, 3),
+    ),
     "divided by a constant": lambda: Function(lambda m, X: (X @ m.a) / X.norm(), a=(8, 3)),
     "complex numbers": lambda: Function(
         lambda m, X: (
@@ -158,12 +162,6 @@ TURNED_DOWN = {
 TURNED_DOWN_IN_VAIN = {
     "own autograd function": (
         lambda: Function(lambda m, X: Double.apply(X @ m.a), a=(8, 3)), "Double",
-    ),
-    "checkpointed": (
-        lambda: Function(
-            lambda m, X: checkpoint(torch.matmul, X, m.a, use_reentrant=True), a=(8, 3)
-        ),
-        "Checkpoint",
     ),
 }  # fmt: skip
 
@@ -310,6 +308,41 @@ SHAPES = {
         ).flatten(2).mean(2) @ m.head,
         kernel=(4, 2, 3, 4), bias=(4,), head=(4, 3),
     ),
+    **{
+        f"conv_transpose, output padding {name}": lambda settings=settings: Function(
+            lambda m, X: torch.tanh(F.conv_transpose2d(
+                X.reshape(-1, 2, 2, 2), m.kernel, m.bias, **settings
+            )).flatten(2).mean(2) @ m.head,
+            kernel=(2, 3, 2, 2), bias=(3,), head=(3, 3),
+        )
+        for name, settings in {
+            "below the stride": {"stride": 2, "output_padding": 1},
+            "on one side": {"stride": (2, 1), "output_padding": (1, 0)},
+            "below the dilation": {"dilation": 2, "output_padding": 1, "padding": 1},
+            "below both": {"stride": 3, "dilation": 2, "output_padding": 2, "padding": 2},
+        }.items()
+    },
+    "conv_transpose1d, output padding": lambda: Function(
+        lambda m, X: torch.tanh(F.conv_transpose1d(
+            X.reshape(-1, 2, 4), m.kernel, m.bias, dilation=3, output_padding=2, padding=1
+        )).mean(2) @ m.head,
+        kernel=(2, 3, 2), bias=(3,), head=(3, 3),
+    ),
+    **{
+        f"layer norm with {name}": lambda name=name: Function(
+            lambda m, X: F.layer_norm(
+                torch.tanh(X @ m.a), (4,), **{name: m.own}
+            ) @ m.head,
+            a=(8, 4), own=(4,), head=(4, 3),
+        )
+        for name in ("weight", "bias")
+    },
+    "checkpointed": lambda: Function(
+        lambda m, X: torch.tanh(checkpoint(
+            lambda x: F.layer_norm(x, (4,), m.weight, m.bias) @ m.b, X @ m.a, use_reentrant=False,
+        )) @ m.head,
+        a=(8, 4), weight=(4,), bias=(4,), b=(4, 4), head=(4, 3),
+    ),
     "embedding with padding": lambda: Function(
         lambda m, X: torch.tanh(F.embedding(words(X), m.table, padding_idx=0)).sum(1) @ m.head,
         table=(4, 6), head=(6, 3),
@@ -391,9 +424,15 @@ def test_signs_are_unbiased():
     assert ((samples.mean(0) - truth).abs() <= 4.5 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["gelu", "tied", "lstm"])
-def test_whole_diagonal(name):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "transposed"])
+@pytest.mark.parametrize("name", ["gelu", "tied", "lstm", "max_pool"])
+def test_whole_diagonal(name, layout):
     model, X, y = make(name, train=False)
+    for p in model.parameters():
+        if layout == "transposed":
+            p.data = p.data.mT.contiguous().mT if p.dim() > 1 else p.data
+        elif p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=layout)
     objective = Objective(model, trainable(model))
     H = oracles.dense_hessian(objective, X, y)
     blocks = H.diagonal().split([p.numel() for p in objective.params.values()])
