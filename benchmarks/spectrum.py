@@ -31,6 +31,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from hesstrace_cli.config import DataConfig
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.density import spectral_density
 from hesstrace_cli.curvature.lanczos import Krylov, inner_products, norm
 from hesstrace_cli.curvature.objective import Objective, trainable
@@ -62,7 +63,7 @@ def products(model: nn.Module, split: Split, batch_size: int) -> dict[str, Produ
     """Each tool's own product of the Hessian with a vector."""
     objective = Objective(model, trainable(model))
     batches = list(split.batches(batch_size))
-    matrix = CurvatureMatrix(objective, lambda: batches, len(split), "hessian")
+    matrix = CurvatureMatrix(DataLoss.counted(objective, lambda: batches), "hessian")
     found: dict[str, Product] = {"hesstrace": lambda v: (matrix @ v[:, None])[:, 0]}
 
     from pyhessian import hessian

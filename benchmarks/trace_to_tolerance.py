@@ -32,12 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesstrace_cli.config import DataConfig, EstimateConfig
 from hesstrace_cli.curvature.differentiable import differentiable_ops
-from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import load_data
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import estimate
+from hesstrace_cli.estimation import data_loss, estimate
 from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.models.small import small_cnn
 
@@ -114,11 +113,9 @@ def truth_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def computed_truth(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, split = trained(name, arguments, torch.float64), data_of(arguments, torch.float64)
-    objective = Objective(model, trainable(model))
-    matrix = CurvatureMatrix(
-        objective, lambda: split.batches(arguments.batch_size), len(split), "hessian"
-    )
-    like = next(iter(objective.params.values()))
+    data = data_loss(model, split, arguments.batch_size)
+    matrix = CurvatureMatrix(data, "hessian")
+    like = next(iter(data.objective.params.values()))
     generator = torch.Generator(like.device).manual_seed(1)
     estimates = xtrace(
         matrix, like, matrix.sizes, num_products=arguments.truth_products, generator=generator

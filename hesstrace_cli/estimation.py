@@ -14,6 +14,7 @@ from torch import Generator, nn
 
 import hesstrace_cli
 from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
@@ -49,14 +50,25 @@ def versions() -> dict[str, str]:
     }
 
 
+def data_loss(model: nn.Module, split: Split, batch_size: int, ranks: Ranks = ALONE) -> DataLoss:
+    """The mean loss over a split, in the model's own mode, over all trainable parameters."""
+    return DataLoss(
+        Objective(model, trainable(model), split.task),
+        lambda: split.batches(batch_size, ranks.rank, ranks.size),
+        len(split),
+        split.num_terms,
+        ranks,
+    )
+
+
 @full_precision()
 def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float:
     """The largest eigenvalue of H over a split, in eval mode, to a residual of .001 of it."""
     was_training = model.training
     model.eval()
-    objective = Objective(model, trainable(model))
-    matrix = CurvatureMatrix(objective, lambda: split.batches(batch_size), len(split), "hessian")
-    like = next(iter(objective.params.values())).detach()
+    data = data_loss(model, split, batch_size)
+    matrix = CurvatureMatrix(data, "hessian")
+    like = next(iter(data.objective.params.values())).detach()
     generator = Generator(like.device).manual_seed(seed)
     start = rademacher(like.new_empty(matrix.size), generator=generator)
     found = extreme_eigenvalues(Krylov(matrix, start), k=1)
@@ -117,25 +129,22 @@ def estimate(
                 "the model draws random numbers in eval mode (an active Dropout?), so that its "
                 "loss has no one Hessian"
             )
-        objective = Objective(model, trainable(model))
+        data = data_loss(model, split, config.batch_size, ranks)
         generator = Generator(X.device).manual_seed(config.seed)
         if config.method in SKETCHES:
-            return _by_sketch(objective, split, config, generator, on_pass, ranks)
+            return _by_sketch(data, config, generator, on_pass)
         generator.manual_seed(config.seed + (ranks.rank << 32))
-        method = choose_method(config, objective, X)
+        method = choose_method(config, data.objective, X)
         num_probes = config.num_probes or DEFAULT_PROBES
         result = estimate_trace(
             method.sampler,
-            lambda: split.batches(config.batch_size, ranks.rank, ranks.size),
-            names=objective.params,
-            num_examples=len(split),
+            data,
             population=population,
             num_probes=num_probes,
             stop=_stop(config),
             generator=generator,
             exact=method.exact,
             on_pass=on_pass,
-            ranks=ranks,
         )
         return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
     finally:
@@ -155,18 +164,14 @@ def _stop(config: EstimateConfig) -> Stop:
 
 
 def _by_sketch(
-    objective: Objective,
-    split: Split,
+    data: DataLoss,
     config: EstimateConfig,
     generator: Generator,
     on_pass: OnPass | None,
-    ranks: Ranks,
 ) -> Estimated:
     """Hutch++ or XTrace, with twice the products until the stopping rule holds."""
-    matrix = CurvatureMatrix(
-        objective, lambda: split.batches(config.batch_size, ranks.rank, ranks.size), len(split),
-        config.curvature, ranks,
-    )  # fmt: skip
+    matrix = CurvatureMatrix(data, config.curvature)
+    params, ranks = data.objective.params, data.ranks
     draw, stop, begin = SKETCHES[config.method], _stop(config), time.monotonic()
     num_products, passes = config.num_probes or _DEFAULT_PRODUCTS, 0
     if num_products < _LEAST_PRODUCTS[config.method]:
@@ -175,7 +180,7 @@ def _by_sketch(
             f"whole matrix, at least {_LEAST_PRODUCTS[config.method]}"
         )
     while True:
-        like = next(iter(objective.params.values()))
+        like = next(iter(params.values()))
         samples = draw(matrix, like, matrix.sizes, num_products=num_products, generator=generator)
         passes += num_products
         total, *parts = means(torch.cat([samples.sum(1, keepdim=True), samples], 1))
@@ -184,7 +189,7 @@ def _by_sketch(
         if on_pass is not None:
             on_pass(passes, total)
         if ranks.from_first(stop.reached(total, passes + num_products, time.monotonic() - begin)):
-            names = dict(zip(objective.params, parts, strict=True))
+            names = dict(zip(params, parts, strict=True))
             whole = TraceEstimate(total, names, passes, None)
             return Estimated(whole, config.method, "as asked for", num_products)
         num_products *= 2

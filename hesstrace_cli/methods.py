@@ -24,8 +24,8 @@ from hesstrace_cli.curvature.trace import (
 )
 from hesstrace_cli.errors import ConfigError
 
-MAX_COLUMNS = 32
-"""With more classes than this, random signs stand for the columns of the logits' factor B."""
+MAX_COLUMNS = 31
+"""With more columns than this an example, as of 32 classes, random signs stand for them."""
 
 DEFAULT_PROBES = 2
 """Per batch and pass; also the random signs per example."""
@@ -87,7 +87,7 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
     if isinstance(per_example, str):
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
         return Method("hutchinson", problem, make(objective))
-    by_signs = _num_classes(objective, X) > MAX_COLUMNS
+    by_signs = _num_columns(objective, X) > MAX_COLUMNS
     return Method(
         "signs+hutchinson" if by_signs else "exact+hutchinson",
         f"tr(G) {'by signs' if by_signs else 'exactly'}, H - G by Hutchinson: {problem}",
@@ -98,9 +98,9 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
 def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> Method:
     is_ggn = config.curvature == "ggn"
     equal = "tr(G)" if is_ggn else "tr(H) = tr(G), the model being piecewise linear,"
-    num_classes = _num_classes(per_example.objective, X)
-    if num_classes > MAX_COLUMNS:
-        reason = f"{equal} by random signs on the {num_classes} logits"
+    num_columns = _num_columns(per_example.objective, X)
+    if num_columns > MAX_COLUMNS:
+        reason = f"{equal} by random signs on the outputs, as {num_columns} columns are too many"
         return Method("signs", reason, signs_sampler(per_example))
     reason = f"{equal} from every example's gradient norms"
     return Method("exact", reason, exact_sampler(per_example), exact=True)
@@ -113,5 +113,5 @@ def _per_example(objective: Objective, X: Tensor) -> PerExampleTrace | str:
         return str(problem)
 
 
-def _num_classes(objective: Objective, X: Tensor) -> int:
-    return call_as_it_is(objective.model, X[:1]).shape[1]
+def _num_columns(objective: Objective, X: Tensor) -> int:
+    return objective.task.num_columns(call_as_it_is(objective.model, X[:1]))

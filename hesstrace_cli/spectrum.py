@@ -11,6 +11,7 @@ import torch
 from torch import Generator
 
 from hesstrace_cli.config import SpectrumConfig
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.density import Density, spectral_density
 from hesstrace_cli.curvature.flatness import (
     Landscape,
@@ -20,13 +21,12 @@ from hesstrace_cli.curvature.flatness import (
     worst_sharpness,
 )
 from hesstrace_cli.curvature.lanczos import Extremes, Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
+from hesstrace_cli.curvature.objective import draws_random_numbers
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
-from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ModelError, NumericsError
-from hesstrace_cli.estimation import versions
+from hesstrace_cli.estimation import data_loss, versions
 from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.precision import full_precision
@@ -57,11 +57,9 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
     loss, accuracy = evaluate(model, split, config.batch_size)
     if not math.isfinite(loss):
         raise NumericsError(f"the loss is {loss} on these {len(split)} examples")
-    objective = Objective(model, trainable(model))
-    matrix = CurvatureMatrix(
-        objective, lambda: split.batches(config.batch_size), len(split), config.curvature
-    )
-    like = next(iter(objective.params.values())).detach().new_empty(matrix.size)
+    data = data_loss(model, split, config.batch_size)
+    matrix = CurvatureMatrix(data, config.curvature)
+    like = next(iter(data.objective.params.values())).detach().new_empty(matrix.size)
     generator = Generator(like.device).manual_seed(config.seed)
     first = Krylov(matrix, rademacher(like, generator=generator))
     first.extend(min(config.steps, config.max_products))  # the density takes them anyway
@@ -72,7 +70,7 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
         "schema": SCHEMA,
         **_spectrum(extremes, density),
         "stability": _stability(extremes, density, config, loaded),
-        **_flatness(objective, split, config),
+        **_flatness(data, config),
         "curvature": config.curvature,
         "num_examples": len(split),
         "num_parameters": matrix.size,
@@ -132,9 +130,9 @@ def _root_error(squares: Mean, root: float) -> float | None:
     return squares.stderr / (2 * root) if squares.stderr is not None and root > 0 else None
 
 
-def _flatness(objective: Objective, split: Split, config: SpectrumConfig) -> dict[str, Any]:
-    landscape = Landscape(objective, lambda: split.batches(config.batch_size), len(split))
-    device = next(iter(objective.params.values())).device
+def _flatness(data: DataLoss, config: SpectrumConfig) -> dict[str, Any]:
+    landscape = Landscape(data)
+    device = next(iter(data.objective.params.values())).device
     flatness: dict[str, Any] = {"radius": config.radius, "num_directions": config.num_directions}
     for name, normalized in (("plain", False), ("filter_normalized", True)):
         generator = Generator(device).manual_seed(config.seed)

@@ -166,7 +166,7 @@ class Stepper:
                     logits = self.objective.model(batch.X)
             else:
                 logits = self._model(batch.X)
-            loss = self.objective.loss_func(logits, batch.targets)
+            loss = self.objective.task.loss(logits, batch.targets)
         return Step(
             self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,
             batch.generator, batch.state,

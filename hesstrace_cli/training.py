@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
 
 from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
-from hesstrace_cli.curvature.objective import LossFunc, Objective, call_as_it_is, trainable
+from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
 from hesstrace_cli.data import DataSet, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, HesstraceError, Stopped
 from hesstrace_cli.estimation import trace_record, versions
@@ -96,7 +95,7 @@ class Run:
                 f"--every is {config.every}, but the run has {self.total_steps} steps: the "
                 "penalty would never be added"
             )
-        self.loss_func: LossFunc = F.cross_entropy
+        self.task = self.data.train.task
         self.curvature = self._choose_curvature()
         self.regularizers = self._build_regularizers()
         self._check_parts()
@@ -219,11 +218,11 @@ class Run:
             regularizer.attach(self.model)
         smoothing = sum(regularizer.label_smoothing for regularizer in regularizers)
         if smoothing:
-            self.loss_func = partial(F.cross_entropy, label_smoothing=smoothing)
+            self.task = self.task.smoothed(smoothing)
         return regularizers
 
     def _objective(self) -> Objective:
-        return Objective(self.model, trainable(self.model), self.loss_func)
+        return Objective(self.model, trainable(self.model), self.task)
 
     @property
     def finished(self) -> bool:

@@ -70,9 +70,11 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     X, y = next(data.train.batches(config.batch_size))
     again, _ = next(data.train.batches(config.batch_size))
     rows = [_data_repeats(torch.equal(X, again))]
-    for mode in (True, False):
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        objective = Objective(model, trainable(model), data.train.task)
         with full_precision():
-            rows += _rows(model.train(mode), X, y, "train" if mode else "eval", config.seed)
+            rows += _rows(objective, X, y, mode, config.seed)
     good = all(row.verdict in GOOD for row in rows)
     if good:
         rows += _costs(config)
@@ -125,8 +127,8 @@ def _costs(config: VerifyConfig) -> Iterator[Row]:
             )
 
 
-def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Iterator[Row]:
-    objective = Objective(model, trainable(model))
+def _rows(objective: Objective, X: Tensor, y: Tensor, mode: str, seed: int) -> Iterator[Row]:
+    model, task = objective.model, objective.task
     repeats = _repeats(model, X, mode)
     yield repeats
     if repeats.verdict == "refused":
@@ -147,8 +149,8 @@ def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Itera
     def native(t: float, s: float = 0.0) -> float:
         """The slope of the unmodified model's loss along v, at w + t v + s u."""
         with pinned(X):
-            logits, values = _displaced(model, params, X, [(t, v), (s, u)])
-            grads = gradient(objective.loss_func(logits, y), values)
+            outputs, values = _displaced(model, params, X, [(t, v), (s, u)])
+            grads = gradient(task.loss(outputs, y), values)
         return sum((grads[n] * v[n]).sum().item() for n in v)
 
     try:
@@ -168,7 +170,7 @@ def _rows(model: nn.Module, X: Tensor, y: Tensor, mode: str, seed: int) -> Itera
     yield from with_fallbacks(engines, is_random=repeats.verdict == "no")
     estimate = partial(_estimate, objective, X, y, v)
     yield from judge(f"{mode}: v'Hv of the estimate", estimate, truth, objective, X, u)
-    yield from _judge_ggn(mode, objective, X, u, generator)
+    yield from _judge_ggn(mode, objective, X, y, u, generator)
     if mode == "eval":
         why = why_not_linear(call_as_it_is(model, X), params)
         yield Row("eval: tr(H) = tr(G)", "no" if why else "yes", why or "piecewise linear")
@@ -211,28 +213,29 @@ def _estimate(objective: Objective, X: Tensor, y: Tensor, v: Params) -> Tensor:
 
 
 def _judge_ggn(
-    mode: str, objective: Objective, X: Tensor, u: Params, generator: Generator
+    mode: str, objective: Objective, X: Tensor, y: Tensor, u: Params, generator: Generator
 ) -> Iterator[Row]:
     """The penalty on tr(G): its gradient against differences of its value, taken natively."""
-    params, model = objective.params, objective.model
+    params, model, task = objective.params, objective.model, objective.task
+    num_terms = task.num_terms(y)
     keep = draw_keep(params, scheme="none", keep_prob=1.0, generator=generator)
     signs = rademacher(call_as_it_is(model, X).detach(), generator=generator)
 
     def native(t: float) -> float:
         with pinned(X):
-            logits, values = _displaced(model, params, X, [(t, u)])
-            root = F.softmax(logits.detach(), 1).sqrt()  # B e, B = diag(root) - p root^T
-            cotangent = root * signs - root.square() * (root * signs).sum(1, keepdim=True)
+            outputs, values = _displaced(model, params, X, [(t, u)])
+            cotangent = task.root(outputs.detach(), y, signs)
             grads = torch.autograd.grad(
-                logits, list(values.values()), cotangent, materialize_grads=True
+                outputs, list(values.values()), cotangent, materialize_grads=True
             )
-        return sum(g.square().sum().item() for g in grads) / len(X)
+        return sum(g.square().sum().item() for g in grads) / num_terms
 
     def engine() -> Tensor:
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         with differentiable_ops(order=2):
-            logits = functional_call(model, {**params, **buffers}, (X,))
-        value = torch.stack(list(trace_sample(logits, params, signs, keep).values())).sum()
+            outputs = functional_call(model, {**params, **buffers}, (X,))
+        parts = trace_sample(outputs, params, task.root(outputs, y, signs), keep, num_terms)
+        value = torch.stack(list(parts.values())).sum()
         check_graph(value)
         return value
 

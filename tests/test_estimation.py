@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.exact import PerExampleTrace
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.trace import Stop, estimate_trace, signs_sampler
@@ -186,8 +187,8 @@ def test_intervals_cover_the_truth_where_curvature_is_heavy_tailed(name):
             objective = Objective(model, trainable(model))
             sampler = signs_sampler(PerExampleTrace(objective, next(data.batches(8))[0]))
             total = estimate_trace(
-                sampler, lambda: data.batches(8), names=objective.params, num_examples=24,
-                num_probes=12, stop=Stop(None), generator=torch.Generator().manual_seed(seed),
+                sampler, DataLoss.counted(objective, lambda: data.batches(8)), num_probes=12,
+                stop=Stop(None), generator=torch.Generator().manual_seed(seed),
             ).total  # fmt: skip
         else:
             total = estimate(model, data, EstimateConfig(**settings)).result.total

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hesstrace_cli.config import SpectrumConfig
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.flatness import Landscape, average_sharpness
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, trainable
@@ -59,7 +60,7 @@ def test_record_is_that_of_the_dense_matrix(checkpoint, curvature):
     assert low - 0.05 <= (eigenvalues < 0).double().mean() <= high + 0.05
     assert record["bulk_edge"] == pytest.approx(eigenvalues.quantile(0.99).item(), rel=0.3)
     flatness = record["flatness"]
-    landscape = Landscape(objective, lambda: [(X, y)], len(X))
+    landscape = Landscape(DataLoss.counted(objective, lambda: [(X, y)]))
     for name, normalized in (("plain", False), ("filter_normalized", True)):
         average = average_sharpness(
             landscape, radius=flatness["radius"], normalized=normalized,
@@ -163,7 +164,7 @@ def test_the_running_statistics_are_used_and_the_products_counted(tmp_path):
     loaded = load_checkpoint(str(run.folder.last), SpectrumConfig(dtype="float64"))
     objective = Objective(loaded.model.eval(), trainable(loaded.model))
     split = loaded.split
-    matrix = CurvatureMatrix(objective, lambda: split.batches(100), len(split), "hessian")
+    matrix = CurvatureMatrix(DataLoss.counted(objective, lambda: split.batches(100)), "hessian")
     start = torch.ones(matrix.size, dtype=torch.float64)
     top = extreme_eigenvalues(Krylov(matrix, start), k=1, rtol=1e-4).largest[0]
     assert record["eigenvalues"][0] == pytest.approx(top, rel=1e-3)

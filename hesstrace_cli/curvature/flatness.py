@@ -16,32 +16,28 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.graph import gradient
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.objective import call_as_it_is
 from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.curvature.statistics import Mean, means
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Landscape:
     """The mean loss over a whole data set, at parameters displaced from w.
 
     Args:
-        objective: The mean loss of a batch, in the model's own mode.
-        batches: Gives the same batches on every call.
-        num_examples: N, the examples in all batches together.
+        data: The loss, in the model's own mode.
     """
 
-    def __init__(self, objective: Objective, batches: Batches, num_examples: int) -> None:
-        self.objective = objective
-        self.batches = batches
-        self.num_examples = num_examples
+    def __init__(self, data: DataLoss) -> None:
+        self.data = data
+        self.objective = data.objective
 
     def loss(self, displacement: Params) -> float:
         """L(w + d); infinite or NaN where it overflows."""
@@ -61,13 +57,14 @@ class Landscape:
 
     def _sum(self, params: Params, total: dict[str, Tensor] | None) -> float:
         value = 0.0
-        for X, y in self.batches():
-            share = len(X) / self.num_examples
-            loss = self.objective.loss_func(call_as_it_is(self.objective.model, X, params), y)
-            value += share * loss.item()
+        objective = self.objective
+        for batch in self.data:
+            outputs = call_as_it_is(objective.model, batch.X, params)
+            loss = objective.task.loss(outputs, batch.y)
+            value += batch.share * loss.item()
             if total is not None:
                 for name, grad in gradient(loss, params).items():
-                    total[name] += share * grad
+                    total[name] += batch.share * grad
         return value
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
@@ -16,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.errors import ModelError
-
-LossFunc = Callable[[Tensor, Tensor], Tensor]
+from hesstrace_cli.tasks import Classification, Task
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -72,33 +69,33 @@ def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The mean loss of a batch, L(w) = (1/N) sum_i l(f(x_i; w), y_i), in the model's own mode.
+    """The mean loss of a batch, L(w) = (1/M) sum_m l(f_m(w), y_m), in the model's own mode.
 
     Attributes:
-        model: Gives logits of shape (N, C).
+        model: Gives outputs f as the task expects them.
         params: w, the trainable parameters by name.
-        loss_func: Maps logits and targets to the mean loss.
+        task: Says how outputs and targets make the loss, and its curvature in the outputs.
     """
 
     model: nn.Module
     params: dict[str, Tensor]
-    loss_func: LossFunc = F.cross_entropy
+    task: Task = Classification()
 
-    def logits(self, params: Params, X: Tensor) -> Tensor:
-        """f(x; w) for the batch, shape (N, C)."""
+    def outputs(self, params: Params, X: Tensor) -> Tensor:
+        """f(x; w) for the batch, with differentiable operations."""
         return call_model(self.model, {**self.params, **params}, X)
 
     def loss(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
         """L(w), a 0-dim tensor."""
-        return self.loss_func(self.logits(params, X), y)
+        return self.task.loss(self.outputs(params, X), y)
 
     def residual(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
         """A 0-dim tensor whose Hessian at w is R = H - G: <dl/df at w, f>, the first held fixed."""
-        logits = self.logits(params, X)
-        at = logits.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.loss_func(at, y), at)
+        outputs = self.outputs(params, X)
+        at = outputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.task.loss(at, y), at)
         # Needing a gradient, it lets a backward that cannot be differentiated again be found.
-        return (slope.detach().requires_grad_() * logits).sum()
+        return (slope.detach().requires_grad_() * outputs).sum()
 
 
 class _BatchStatistics(TorchFunctionMode):

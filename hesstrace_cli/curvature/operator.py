@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.curvature.refusal import refuse
-from hesstrace_cli.parallel import ALONE, Ranks
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
-def ggn_product(objective: Objective, X: Tensor, probe: Params) -> dict[str, Tensor]:
+def ggn_product(objective: Objective, X: Tensor, y: Tensor, probe: Params) -> dict[str, Tensor]:
     """G v of a batch, by name.
 
     Raises:
         DerivativeError: If the model has not the derivatives for it.
     """
     try:
-        return ggn_vp(lambda p: objective.logits(p, X), objective.params, probe)
+        params, task = objective.params, objective.task
+        return ggn_vp(lambda p: objective.outputs(p, X), params, probe, task, y)
     except RuntimeError as problem:
         raise refuse(problem, objective, X) from problem
 
@@ -39,31 +38,19 @@ class Matrix(Protocol):
 
 
 class CurvatureMatrix:
-    """The P x P matrix H or G over N examples, in the model's own mode.
+    """The P x P matrix H or G of a loss over a data set, in the model's own mode.
 
     Args:
-        objective: The mean loss of a batch.
-        batches: Gives the same batches on every call.
-        num_examples: N, the examples in all batches together.
+        data: The loss; of several processes each multiplies with its own batches, and all get
+            the sum.
         curvature: "hessian" or "ggn".
-        ranks: Processes over which the batches are shared: each multiplies with its own, and all
-            get the sum.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Batches,
-        num_examples: int,
-        curvature: str,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.objective = objective
-        self.batches = batches
-        self.num_examples = num_examples
+    def __init__(self, data: DataLoss, curvature: str) -> None:
+        self.data = data
+        self.objective = data.objective
         self.curvature = curvature
-        self.ranks = ranks
-        self.sizes = [p.numel() for p in objective.params.values()]
+        self.sizes = [p.numel() for p in self.objective.params.values()]
 
     @property
     def size(self) -> int:
@@ -74,26 +61,27 @@ class CurvatureMatrix:
         """The product with the columns of V, shape (P, m), in one pass over the data."""
         params = self.objective.params
         total = torch.zeros_like(V)
-        for X, y in self.batches():
-            multiply = self._ggn(X) if self.curvature == "ggn" else self._hessian(X, y)
+        for batch in self.data:
+            multiply = self._ggn(batch) if self.curvature == "ggn" else self._hessian(batch)
             for column in range(V.shape[1]):
                 parts = V[:, column].split(self.sizes)
                 probe = {n: part.view_as(params[n]) for n, part in zip(params, parts, strict=True)}
                 product = torch.cat([part.flatten() for part in multiply(probe).values()])
-                total[:, column] += product.detach() * (len(X) / self.num_examples)
-        self.ranks.sum_([total])
+                total[:, column] += product.detach() * batch.share
+        self.data.ranks.sum_([total])
         return total
 
-    def _ggn(self, X: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        return lambda v: ggn_product(self.objective, X, v)
+    def _ggn(self, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        return lambda v: ggn_product(self.objective, batch.X, batch.y, v)
 
-    def _hessian(self, X: Tensor, y: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def _hessian(self, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         params = self.objective.params
         try:
-            grad = gradient(self.objective.loss(params, X, y), params, create_graph=True)
+            loss = self.objective.loss(params, batch.X, batch.y)
+            grad = gradient(loss, params, create_graph=True)
             check_graph(*grad.values())
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, self.objective, X) from problem
+            raise refuse(problem, self.objective, batch.X) from problem
         return lambda v: hvp(grad, params, v)
 
 

@@ -1,6 +1,6 @@
 """Squared norms of every example's gradient, without ever holding those gradients.
 
-For logits f_i of example i and a cotangent u_i, each parameter tensor t gets ||J_it^T u_i||^2 for
+For outputs f_i of example i and a cotangent u_i, each parameter tensor t gets ||J_it^T u_i||^2 for
 all examples of a batch from one backward pass down to the operations' outputs; no gradient of a
 parameter is formed, and the rules of `norm_rules` do the rest. Parameters that are used twice, or
 in an operation without a rule, are left to `differentiated_norms`, which differentiates example
@@ -136,7 +136,7 @@ def check_independence(
         weights = torch.randn(logits.shape, generator=generator, device=X.device).to(logits.dtype)
         if logits.requires_grad:
             (slope,) = torch.autograd.grad(
-                logits, inputs, weights * chosen[:, None], materialize_grads=True
+                logits, inputs, weights * _column(chosen, logits), materialize_grads=True
             )
             mixed = bool(slope[~chosen].any())
         else:
@@ -146,6 +146,11 @@ def check_independence(
             mixed = not torch.allclose(logits_of(X)[:1], logits_of(X[:1]), rtol=1e-3, atol=1e-5)
     if mixed:
         raise MixedExamples("the logits of an example depend on the others in its batch")
+
+
+def _column(chosen: Tensor, like: Tensor) -> Tensor:
+    """One entry an example, in a shape that multiplies the outputs."""
+    return chosen.reshape(-1, *[1] * (like.dim() - 1))
 
 
 class MixedExamples(Exception):
@@ -179,7 +184,7 @@ def check_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[str, Layout]:
         chosen = torch.rand(N, generator=generator, device=logits.device) < 0.5
         chosen[0], chosen[-1] = (False, True) if number % 2 == 0 else (True, False)
         cotangent = torch.randn(logits.shape, generator=generator, device=logits.device)
-        cotangent = (cotangent * (chosen | (N == 1))[:, None]).to(logits.dtype)
+        cotangent = (cotangent * _column(chosen | (N == 1), logits)).to(logits.dtype)
         for use, layouts, g in zip(
             uses, possible, _gradients(logits, uses, cotangent), strict=True
         ):
@@ -231,61 +236,53 @@ def rule_norms(
 
 
 def differentiated_norms(
-    logits_of: Callable[[Params, Tensor], Tensor],
-    params: Params,
-    X: Tensor,
-    cotangents_of: Callable[[Tensor, Tensor], Tensor],
-    e: Tensor,
+    outputs_of: Callable[[Params, Tensor], Tensor], params: Params, X: Tensor, cotangents: Tensor
 ) -> Norms:
     """The same norms by differentiating example by example, for parameters without a rule.
 
     Args:
-        logits_of: The logits (n, C) as a function of parameters and inputs.
+        outputs_of: The outputs as a function of parameters and inputs.
         params: The P' numbers of the parameters in question, by name.
         X: The inputs, shape (N, ...).
-        cotangents_of: u, from logits and e, both (..., C).
-        e: What the cotangents are made of, shape (K, N, C).
+        cotangents: u, K for the outputs of every example, shape (K, N, ...).
 
     Returns:
         Shape (K, N) by name.
     """
 
-    def one(x: Tensor, directions: Tensor) -> Norms:
-        logits, pull = vjp(lambda p: logits_of(p, x[None])[0], dict(params))[:2]
-        rows = [pull(u)[0] for u in cotangents_of(logits, directions)]
+    def one(x: Tensor, own: Tensor) -> Norms:
+        pull = vjp(lambda p: outputs_of(p, x[None])[0], dict(params))[1]
+        rows = [pull(u)[0] for u in own]
         return {name: torch.stack([row[name].square().sum() for row in rows]) for name in params}
 
-    size = max(1, norm_rules.CHUNK // (len(e) * sum(p.numel() for p in params.values())))
+    numbers = len(cotangents) * sum(p.numel() for p in params.values())
+    size = max(1, norm_rules.CHUNK // numbers)
     try:
         with warnings.catch_warnings():  # slow where torch has no batching rule, but right
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, e)
+            mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, cotangents)
     except (RuntimeError, NotImplementedError) as problem:
         if is_of_the_machine(problem):
             raise
         # An operation that vmap cannot batch.
-        return _one_by_one(logits_of, params, X, cotangents_of, e)
+        return _one_by_one(outputs_of, params, X, cotangents)
     # Or batches wrongly, which it did for prelu: two examples by themselves tell.
     ends = [0, len(X) - 1]
-    alone = _one_by_one(logits_of, params, X[ends], cotangents_of, e[:, ends])
+    alone = _one_by_one(outputs_of, params, X[ends], cotangents[:, ends])
     if all(torch.allclose(mapped[name][:, ends], alone[name], rtol=1e-3) for name in params):
         return mapped
-    return _one_by_one(logits_of, params, X, cotangents_of, e)
+    return _one_by_one(outputs_of, params, X, cotangents)
 
 
 def _one_by_one(
-    logits_of: Callable[[Params, Tensor], Tensor],
-    params: Params,
-    X: Tensor,
-    cotangents_of: Callable[[Tensor, Tensor], Tensor],
-    e: Tensor,
+    outputs_of: Callable[[Params, Tensor], Tensor], params: Params, X: Tensor, cotangents: Tensor
 ) -> Norms:
-    result = {name: X.new_zeros(e.shape[:2]) for name in params}
+    result = {name: p.new_zeros(cotangents.shape[:2]) for name, p in params.items()}
     for i in range(len(X)):
-        logits = logits_of(params, X[i : i + 1])
-        for k, u in enumerate(cotangents_of(logits, e[:, i]).detach()):
+        outputs = outputs_of(params, X[i : i + 1])
+        for k, u in enumerate(cotangents[:, i]):
             grads = torch.autograd.grad(
-                logits, list(params.values()), u[None], retain_graph=True, materialize_grads=True
+                outputs, list(params.values()), u[None], retain_graph=True, materialize_grads=True
             )
             for name, g in zip(params, grads, strict=True):
                 result[name][k, i] = g.square().sum()

@@ -46,7 +46,7 @@ def _innermost_at_fault(objective: Objective, X: Tensor) -> tuple[str, nn.Module
         for name, module in objective.model.named_modules()
     ]
     try:
-        objective.logits(objective.params, X)
+        objective.outputs(objective.params, X)
     finally:
         for handle in handles:
             handle.remove()

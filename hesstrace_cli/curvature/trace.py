@@ -1,6 +1,6 @@
 """Estimators of tr(H) and tr(G) of a mean loss over a data set, with their standard errors.
 
-Fresh probes are drawn for every batch b, of share N_b / N, and the samples v^T H_b v summed with
+Fresh probes are drawn for every batch b, of share M_b / M, and the samples v^T H_b v summed with
 these shares: unbiased, and far less variable than one probe shared by all batches.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.exact import PerExampleTrace, hessian_diagonal_traces
 from hesstrace_cli.curvature.graph import check_graph, gradient
 from hesstrace_cli.curvature.hessian import hvp
@@ -22,25 +23,6 @@ from hesstrace_cli.curvature.probes import Params, Scheme, draw_probe
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
 from hesstrace_cli.errors import NumericsError
-from hesstrace_cli.parallel import ALONE, Ranks
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of a pass, with its number in it.
-
-    Attributes:
-        number: From 0, the same in every pass.
-        X: Inputs, shape (N_b, ...).
-        y: Labels, shape (N_b,).
-    """
-
-    number: int
-    X: Tensor
-    y: Tensor
-
 
 Sampler = Callable[[Batch, int, Generator], Tensor]
 """From a batch, m and a generator to m samples of T blocks' traces for E strata, (m, E, T)."""
@@ -144,24 +126,35 @@ def ggn_sampler(objective: Objective, scheme: Scheme = "none", keep_prob: float 
         rows = []
         for _ in range(num_probes):
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
-            rows.append(quadratic_samples(ggn_product(objective, batch.X, v), v, params))
+            product = ggn_product(objective, batch.X, batch.y, v)
+            rows.append(quadratic_samples(product, v, params))
         return torch.stack(rows)[:, None]
 
     return sample
 
 
 def signs_sampler(per_example: PerExampleTrace) -> Sampler:
-    """Samples of tr(G) from random signs on the logits, each example a stratum of its own."""
+    """Samples of tr(G) from random signs on the outputs, each example a stratum of its own."""
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
-        return per_example.sample(batch.X, num_probes, generator)
+        sums = per_example.sample(batch.X, batch.y, num_probes, generator)
+        return _of_examples(per_example, batch, sums)
 
     return sample
 
 
+def _of_examples(per_example: PerExampleTrace, batch: Batch, sums: Tensor) -> Tensor:
+    """Values (..., N, T) whose mean is the batch's trace, of sums over each example's terms."""
+    return sums * (len(batch.X) / per_example.objective.task.num_terms(batch.y))
+
+
 def exact_sampler(per_example: PerExampleTrace) -> Sampler:
     """tr(G) itself, each example a stratum of its own."""
-    return lambda batch, _num_probes, _generator: per_example.exact(batch.X)[None]
+
+    def sample(batch: Batch, _num_probes: int, _generator: Generator) -> Tensor:
+        return _of_examples(per_example, batch, per_example.exact(batch.X, batch.y))[None]
+
+    return sample
 
 
 def diagonal_sampler(objective: Objective) -> Sampler:
@@ -183,15 +176,15 @@ def control_variate_sampler(
 
     tr(G) of a batch is taken once, exactly, and remembered; or by signs, afresh in each pass.
     """
-    residual = residual_sampler(objective)
-    remembered: dict[int, Tensor] = {}
+    residual, signs = residual_sampler(objective), signs_sampler(per_example)
+    exact, remembered = exact_sampler(per_example), dict[int, Tensor]()
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
         if by_signs:
-            main = per_example.sample(batch.X, num_probes, generator).mean(1)
+            main = signs(batch, num_probes, generator).mean(1)
         else:
             if batch.number not in remembered:
-                remembered[batch.number] = per_example.exact(batch.X).mean(0)
+                remembered[batch.number] = exact(batch, num_probes, generator)[0].mean(0)
             main = remembered[batch.number]
         return main[..., None, :] + residual(batch, num_probes, generator)
 
@@ -200,48 +193,39 @@ def control_variate_sampler(
 
 def estimate_trace(
     sampler: Sampler,
-    batches: Batches,
+    data: DataLoss,
     *,
-    names: Iterable[str],
-    num_examples: int,
     population: int | None = None,
     num_probes: int,
     stop: Stop,
     generator: Generator,
     exact: bool = False,
     on_pass: Callable[[int, Mean], None] | None = None,
-    ranks: Ranks = ALONE,
 ) -> TraceEstimate:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
 
     Args:
         sampler: Draws samples of the T diagonal blocks' traces on one batch.
-        batches: Gives the same batches on every call; of several processes each its own, every
-            `ranks.size`-th from number `ranks.rank`.
-        names: The T parameter tensors.
-        num_examples: N, the examples in all batches together.
-        population: The examples that they stand for; N by default.
+        data: The loss whose trace it is; all processes that share it get the same estimate.
+        population: The number of examples that those of the data stand for; theirs by default.
         num_probes: m, fresh probes per batch in each pass.
         stop: The stopping rule.
         generator: Source of all randomness; with several processes another for each.
         exact: Whether the samples have no error: one pass is then all.
         on_pass: Told the number of passes done and the estimate so far.
-        ranks: The processes that share the batches; all get the same estimate.
 
     Raises:
         NumericsError: If a sample is not finite.
     """
-    names = list(names)
-    running = StratifiedMean(exact)
+    running, ranks = StratifiedMean(exact), data.ranks
     begin = time.monotonic()
     passes = 0
 
     def drawn() -> Iterator[tuple[int, float, Tensor]]:
-        for index, (X, y) in enumerate(batches()):
-            number = ranks.rank + index * ranks.size
-            samples = sampler(Batch(number, X, y), num_probes, generator)
+        for batch in data:
+            samples = sampler(batch, num_probes, generator)
             samples = torch.cat([samples.sum(-1, keepdim=True, dtype=torch.float64), samples], -1)
-            yield number, len(X) / num_examples, samples.cpu()
+            yield batch.number, batch.share, samples.cpu()
 
     while True:
         for number, share, samples in ranks.each(drawn()):
@@ -254,5 +238,7 @@ def estimate_trace(
             on_pass(passes, total)
         enough = exact or stop.reached(total, passes, time.monotonic() - begin)
         if ranks.from_first(enough):  # their clocks differ
-            subset = running.subset_stderr(population or num_examples, num_examples)
+            examples = data.num_examples
+            subset = running.subset_stderr(population or examples, examples)
+            names = data.objective.params
             return TraceEstimate(total, dict(zip(names, parts, strict=True)), passes, subset)

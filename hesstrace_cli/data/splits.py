@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.errors import DataError
 from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.tasks import Classification, Task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -23,6 +25,16 @@ class Split(Protocol):
     @property
     def labels(self) -> Tensor:
         """Class numbers, shape (N,)."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """What inputs and targets are for: the loss, its terms and curvature."""
+        ...
+
+    @property
+    def num_terms(self) -> int:
+        """The terms that the mean loss over the split is over."""
         ...
 
     def __len__(self) -> int:
@@ -57,12 +69,19 @@ class TensorSplit:
         labels: int64, shape (N,).
         preprocess: Applied to every batch.
         dtype: Floating-point type of the batches.
+        task: What they are for.
     """
 
     inputs: Tensor
     labels: Tensor
     preprocess: Preprocess
     dtype: torch.dtype = torch.float32
+    task: Task = Classification()
+
+    @property
+    def num_terms(self) -> int:
+        """The terms that the mean loss over the split is over."""
+        return self.task.num_terms(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +89,8 @@ class TensorSplit:
     def subset(self, indices: Tensor) -> TensorSplit:
         """The split of the examples at `indices`, in that order."""
         indices = indices.to(self.labels.device)
-        return TensorSplit(self.inputs[indices], self.labels[indices], self.preprocess, self.dtype)
+        inputs, labels = self.inputs[indices], self.labels[indices]
+        return dataclasses.replace(self, inputs=inputs, labels=labels)
 
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and labels, batch by batch, in order."""
@@ -95,6 +115,7 @@ class DatasetSplit:
         device: Where the batches go.
         num_workers: Processes that read; 0 reads in this one.
         dtype: Floating-point type of the batches.
+        task: What they are for.
     """
 
     dataset: Dataset[Any]
@@ -104,16 +125,20 @@ class DatasetSplit:
     device: torch.device
     num_workers: int = 0
     dtype: torch.dtype = torch.float32
+    task: Task = Classification()
+
+    @property
+    def num_terms(self) -> int:
+        """The terms that the mean loss over the split is over."""
+        return self.task.num_terms(self.labels)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def subset(self, indices: Tensor) -> DatasetSplit:
         """The split of the examples at `indices`, in that order."""
-        return DatasetSplit(
-            self.dataset, self.indices[indices], self.labels[indices], self.preprocess,
-            self.device, self.num_workers, self.dtype,
-        )  # fmt: skip
+        chosen, labels = self.indices[indices], self.labels[indices]
+        return dataclasses.replace(self, indices=chosen, labels=labels)
 
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and labels, batch by batch, in order."""

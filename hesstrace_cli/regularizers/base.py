@@ -75,7 +75,7 @@ class Step:
         """
         objective = self.objective
         moved = {name: p + shift[name] for name, p in objective.params.items()}
-        return objective.loss_func(call_as_it_is(objective.model, self.X, moved), self.targets)
+        return objective.task.loss(call_as_it_is(objective.model, self.X, moved), self.targets)
 
 
 @dataclass(frozen=True)

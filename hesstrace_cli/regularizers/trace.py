@@ -137,7 +137,8 @@ class TracePenalty(Regularizer):
             signs = rademacher(like, generator=generator)[part.rows]
             if part.share == 0:
                 signs = torch.zeros_like(signs)
-            yield keep, root_gradient(logits, params, signs, keep)
+            cotangent = step.objective.task.root(logits, step.targets, signs)
+            yield keep, root_gradient(logits, params, cotangent, keep)
 
     def _ggn_samples(self, step: Step) -> list[Tensor]:
         samples, size = [], step.part.num_examples
@@ -166,15 +167,16 @@ class TracePenalty(Regularizer):
                 drawn.append((rademacher(step.logits, generator=generator), factors))
             else:
                 probe = draw_probe(params, **settings)
-                drawn.append((step.targets, {n: probe.get(n, torch.zeros_like(p))
-                                             for n, p in params.items()}))  # fmt: skip
+                zeros = {n: torch.zeros_like(p) for n, p in params.items()}
+                drawn.append((step.logits.new_zeros(()), zeros | probe))
         if not self._graph_checked:  # by the same function, before it is compiled
-            check_graph(_sample(step.objective, self.config.curvature, params, step.X, *drawn[0]))
+            given = (params, step.X, step.targets, *drawn[0])
+            check_graph(_sample(step.objective, self.config.curvature, *given))
             self._graph_checked = True
         if self._compiled is None:
             sample = partial(_sample, step.objective, self.config.curvature)
             self._compiled = torch.compile(sample, dynamic=False)
-        return [self._compiled(params, step.X, *each) for each in drawn]
+        return [self._compiled(params, step.X, step.targets, *each) for each in drawn]
 
     def _hessian_samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
         """This part's share of v^T H v for each probe, and of the loss where a pass gave it."""
@@ -210,13 +212,15 @@ _NO_DERIVATIVE = (RuntimeError, NotImplementedError, TypeError, AttributeError, 
 
 
 def _sample(
-    objective: Objective, curvature: str, params: Params, X: Tensor, given: Tensor, parts: Params
-) -> Tensor:
-    """One sample as a function of its arguments.
-
-    For G these are signs and factors, for H targets and the probe.
-    """
+    objective: Objective, curvature: str, params: Params, X: Tensor, y: Tensor, signs: Tensor,
+    parts: Params,
+) -> Tensor:  # fmt: skip
+    """One sample as a function of its arguments; `parts` are G's factors, or H's probe."""
+    task = objective.task
     if curvature == "ggn":
-        traces = trace_sample_at(lambda p: objective.logits(p, X), params, given, parts)
+        traces = trace_sample_at(
+            lambda p: objective.outputs(p, X), params, lambda f: task.root(f, y, signs), parts,
+            task.num_terms(y),
+        )  # fmt: skip
         return torch.stack(list(traces.values())).sum()
-    return quadratic_form(lambda p: objective.loss(p, X, given), params, parts, mode="forward")
+    return quadratic_form(lambda p: objective.loss(p, X, y), params, parts, mode="forward")

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hesstrace_cli.curvature.ggn import ggn_vp, softmax_root, trace_sample
+from hesstrace_cli.curvature.ggn import ggn_vp, trace_sample
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, trainable, uses_batch_statistics
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.errors import DerivativeError, HesstraceError
+from hesstrace_cli.tasks.softmax import softmax_root
 from tests.curvature import oracles
 from tests.curvature.zoo import CASES, dense, make
 
@@ -75,11 +76,11 @@ def test_hvp_is_the_dense_hessian(name):
 @pytest.mark.parametrize("name", ["relu", "gelu", "batch_norm_2d", "layer_norm", "tied", "lstm"])
 @pytest.mark.parametrize("train", [True, False])
 def test_ggn_product_and_mean_sample_are_the_dense_matrix(name, train):
-    objective, X, _, _, _ = setup(name, train)
+    objective, X, y, _, _ = setup(name, train)
     params = objective.params
     G = oracles.dense_ggn(objective, X)
     v = direction(params, 1)
-    product = ggn_vp(lambda p: objective.logits(p, X), params, v)
+    product = ggn_vp(lambda p: objective.outputs(p, X), params, v, objective.task, y)
     torch.testing.assert_close(
         oracles.flatten(product), G @ oracles.flatten(v), rtol=1e-9, atol=1e-10
     )
@@ -90,8 +91,10 @@ def test_ggn_product_and_mean_sample_are_the_dense_matrix(name, train):
         for c in range(3):
             e = torch.zeros(len(X), 3, dtype=X.dtype)
             e[i, c] = 1
-            logits = objective.logits(params, X)
-            total += sum(trace_sample(logits, params, e, keep).values())
+            logits = objective.outputs(params, X)
+            total += sum(
+                trace_sample(logits, params, softmax_root(logits, e), keep, len(X)).values()
+            )
     torch.testing.assert_close(total.detach(), G.trace())
 
 
@@ -114,7 +117,8 @@ def test_gradient_of_the_ggn_sample(name):
     def native(flat):
         return sample(oracles.unflatten(flat.requires_grad_(), params)).detach()
 
-    value = sum(trace_sample(objective.logits(params, X), params, e, keep).values())
+    logits = objective.outputs(params, X)
+    value = sum(trace_sample(logits, params, softmax_root(logits, e), keep, len(X)).values())
     u = direction(params, 2)
     slope = sum((gradient(value, params)[n] * u[n]).sum() for n in params)
     torch.testing.assert_close(value.detach(), native(w.clone()))

@@ -8,18 +8,19 @@ import pytest
 import torch
 from scipy import stats
 
+from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import trace_sample
 from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, num_kept, rademacher
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean, t_quantile
 from hesstrace_cli.curvature.trace import (
-    Batch,
     Stop,
     estimate_trace,
     ggn_sampler,
     hessian_sampler,
 )
+from hesstrace_cli.tasks.softmax import softmax_root
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -79,7 +80,7 @@ def test_estimators_are_unbiased(curvature, scheme, keep_prob):
         truth, sampler = oracles.dense_hessian(objective, X, y), hessian_sampler
     else:
         truth, sampler = oracles.dense_ggn(objective, X), ggn_sampler
-    rows = sampler(objective, scheme, keep_prob)(Batch(0, X, y), 2000, generator(5))[:, 0]
+    rows = sampler(objective, scheme, keep_prob)(Batch(0, X, y, 1.0), 2000, generator(5))[:, 0]
     within(rows.sum(1), truth.trace())
     sizes = [p.numel() for p in objective.params.values()]
     blocks = truth.diagonal().split(sizes)
@@ -100,9 +101,10 @@ def test_penalties_and_their_gradients_are_unbiased(curvature, scheme, keep_prob
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=g)
             value = quadratic_form(lambda p: objective.loss(p, X, y), params, v)
         else:
-            logits = objective.logits(params, X)
+            logits = objective.outputs(params, X)
             keep = draw_keep(params, scheme=scheme, keep_prob=keep_prob, generator=g)
-            parts = trace_sample(logits, params, rademacher(logits, generator=g), keep)
+            cotangent = softmax_root(logits, rademacher(logits, generator=g))
+            parts = trace_sample(logits, params, cotangent, keep, len(X))
             value = sum(parts.values())
         grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
         values.append(value.item())
@@ -126,7 +128,7 @@ def test_penalties_and_their_gradients_are_unbiased(curvature, scheme, keep_prob
 def test_variance_of_rademacher_probes():
     objective, X, y = problem()
     H = oracles.dense_hessian(objective, X, y)
-    samples = hessian_sampler(objective)(Batch(0, X, y), 4000, generator(3)).sum((1, 2))
+    samples = hessian_sampler(objective)(Batch(0, X, y, 1.0), 4000, generator(3)).sum((1, 2))
     truth = 2 * (H.square().sum() - H.diagonal().square().sum())
     assert abs(samples.var() / truth - 1) < 0.15
 
@@ -135,10 +137,10 @@ def batches_of(X, y, *sizes):
     return lambda: zip(X.split(list(sizes)), y.split(list(sizes)), strict=True)
 
 
-def run(sampler, batches, seed=0, stop=None, probes=2, names=("a",), num_examples=6):
+def run(sampler, objective, batches, seed=0, probes=2):
     return estimate_trace(
-        sampler, batches, names=names, num_examples=num_examples, num_probes=probes,
-        stop=stop or Stop(None), generator=generator(seed),
+        sampler, DataLoss.counted(objective, batches), num_probes=probes, stop=Stop(None),
+        generator=generator(seed),
     )  # fmt: skip
 
 
@@ -147,7 +149,6 @@ def test_ragged_batches_weigh_by_their_size():
     objective, _, _ = problem()
     X = torch.randn(10, 8, dtype=torch.float64, generator=generator(4))
     y = torch.arange(10) % 3
-    names = list(objective.params)
     H = oracles.dense_hessian(objective, X, y)
     sizes = [p.numel() for p in objective.params.values()]
 
@@ -157,12 +158,12 @@ def test_ragged_batches_weigh_by_their_size():
 
     for split in ((10,), (8, 2)):
         batches = batches_of(X, y, *split)
-        result = run(exact, batches, probes=1, names=names, num_examples=10)
+        result = run(exact, objective, batches, probes=1)
         assert result.total.value == pytest.approx(H.trace().item(), rel=1e-12)
         assert result.total.stderr is None
     sampler = hessian_sampler(objective)
     batches = batches_of(X, y, 8, 2)
-    result = run(sampler, batches, probes=1500, names=names, num_examples=10)
+    result = run(sampler, objective, batches, probes=1500)
     assert abs(result.total.value - H.trace().item()) < 4 * result.total.stderr
 
 
@@ -174,8 +175,7 @@ def test_interval_covers_the_truth():
     sampler = hessian_sampler(objective)
     hits = 0
     for seed in range(400):
-        names = list(objective.params)
-        result = run(sampler, batches_of(X, y, 2, 2, 2), seed=seed, probes=6, names=names)
+        result = run(sampler, objective, batches_of(X, y, 2, 2, 2), seed=seed, probes=6)
         low, high = result.total.interval()
         hits += low <= truth <= high
     assert 0.92 <= hits / 400 <= 0.98

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.flatness import (
     Landscape,
     average_sharpness,
@@ -16,6 +17,7 @@ from hesstrace_cli.curvature.flatness import (
     worst_sharpness,
 )
 from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.tasks import Classification, Regression
 from tests.curvature import oracles
 
 
@@ -23,11 +25,14 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def landscape_of(model, X, y, loss_func=nn.functional.cross_entropy, batch_size=7):
+CLASSES = Classification()
+
+
+def landscape_of(model, X, y, task=CLASSES, batch_size=7):
     model = model.double().eval()
-    objective = Objective(model, trainable(model), loss_func)
+    objective = Objective(model, trainable(model), task)
     batches = list(zip(X.split(batch_size), y.split(batch_size), strict=True))
-    return Landscape(objective, lambda: batches, len(X))
+    return Landscape(DataLoss.counted(objective, lambda: batches))
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def quadratic(data):
     X, _ = data
     y = X @ torch.randn(6, 1, generator=generator(3), dtype=torch.float64)
     model = nn.Linear(6, 1, bias=False)
-    landscape = landscape_of(model, X, y, nn.functional.mse_loss)
+    landscape = landscape_of(model, X, y, Regression())
     with torch.no_grad():
         model.weight.copy_(torch.linalg.lstsq(X, y).solution.mT)
     return landscape, 2 * X.mT @ X / len(X)

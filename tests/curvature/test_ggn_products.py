@@ -45,7 +45,7 @@ def probe_of(params):
 
 @pytest.mark.parametrize("name", CASES)
 def test_by_two_backward_passes(name, monkeypatch):
-    model, X, _ = make(name, train=False)
+    model, X, y = make(name, train=False)
     objective = Objective(model, trainable(model))
     v = probe_of(objective.params)
 
@@ -54,9 +54,9 @@ def test_by_two_backward_passes(name, monkeypatch):
             "Trying to use forward AD with something that does not support it"
         )
 
-    forward = ggn_vp(lambda p: objective.logits(p, X), objective.params, v)
+    forward = ggn_vp(lambda p: objective.outputs(p, X), objective.params, v, objective.task, y)
     monkeypatch.setattr(ggn, "_pushed_forward", no_forward_mode)
-    product = ggn_vp(lambda p: objective.logits(p, X), objective.params, v)
+    product = ggn_vp(lambda p: objective.outputs(p, X), objective.params, v, objective.task, y)
     truth = oracles.dense_ggn(objective, X) @ oracles.flatten(v)
     torch.testing.assert_close(oracles.flatten(product), truth, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(oracles.flatten(forward), truth, rtol=1e-9, atol=1e-10)
@@ -70,7 +70,7 @@ def test_recurrent_layers_in_float32(name):
     X = torch.randn(6, 8)
     objective = Objective(model, trainable(model))
     v = probe_of(objective.params)
-    product = ggn_product(objective, X, v)
+    product = ggn_product(objective, X, torch.arange(len(X)) % 3, v)
     exact = copy.deepcopy(model).double()
     G = oracles.dense_ggn(Objective(exact, trainable(exact)), X.double())
     truth = G @ oracles.flatten(v).double()
@@ -126,7 +126,7 @@ def test_a_function_without_a_forward_derivative():
     objective = Objective(model, trainable(model))
     v = probe_of(objective.params)
     truth = oracles.dense_ggn(objective, X) @ oracles.flatten(v)
-    product = oracles.flatten(ggn_product(objective, X, v))
+    product = oracles.flatten(ggn_product(objective, X, torch.arange(len(X)) % 3, v))
     torch.testing.assert_close(product, truth, rtol=1e-9, atol=1e-10)
 
 
@@ -134,7 +134,7 @@ def test_neither_forward_nor_second_derivative():
     model = Custom(Once)
     objective = Objective(model, trainable(model))
     with pytest.raises(DerivativeError, match="Custom"):
-        ggn_product(objective, torch.randn(5, 8), probe_of(objective.params))
+        ggn_product(objective, torch.randn(5, 8), torch.arange(5) % 3, probe_of(objective.params))
 
 
 def test_cudnn_is_off_where_a_recurrent_layer_is_called(monkeypatch):
@@ -151,7 +151,7 @@ def test_cudnn_is_off_where_a_recurrent_layer_is_called(monkeypatch):
         monkeypatch.setitem(table, torch.lstm, differentiable._without_cudnn(lstm))
     model, X = Recurrent(nn.LSTM).eval(), torch.randn(3, 8)
     call_as_it_is(model, X)
-    Objective(model, trainable(model)).logits({}, X)
+    Objective(model, trainable(model)).outputs({}, X)
     assert seen == [False, False]
     assert torch.backends.cudnn.enabled
     assert torch.backends.cudnn.deterministic

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
@@ -96,9 +97,8 @@ def test_too_few_products(method):
 def test_matrix_over_ragged_batches(curvature):
     model, X, y = make("gelu", train=False)
     objective = Objective(model, trainable(model))
-    matrix = CurvatureMatrix(
-        objective, lambda: zip(X.split([4, 2]), y.split([4, 2]), strict=True), 6, curvature
-    )
+    batches = [(X[:4], y[:4]), (X[4:], y[4:])]
+    matrix = CurvatureMatrix(DataLoss.counted(objective, lambda: batches), curvature)
     dense = oracles.dense_hessian(objective, X, y) if curvature == "hessian" else (
         oracles.dense_ggn(objective, X))  # fmt: skip
     V = torch.randn(matrix.size, 3, generator=generator(), dtype=torch.float64)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.density import Density, Share, spectral_density
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
@@ -137,6 +138,10 @@ def test_density_and_its_moments():
 UNRELIABLE = ("weight_norm", "hardsigmoid", "attention", "transformer")  # PyTorch's dense Hessian
 
 
+def matrix_over(objective, X, y, curvature="hessian"):
+    return CurvatureMatrix(DataLoss.counted(objective, lambda: [(X, y)]), curvature)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in UNRELIABLE])
 def test_networks_against_their_dense_matrix(name, curvature):
@@ -148,7 +153,7 @@ def test_networks_against_their_dense_matrix(name, curvature):
     )
     truth = torch.linalg.eigvalsh(dense)
     size = truth.abs().max().item()
-    matrix = CurvatureMatrix(objective, lambda: [(X, y)], len(X), curvature)
+    matrix = matrix_over(objective, X, y, curvature)
     krylov = Krylov(matrix, start(matrix.size))
     found = extreme_eigenvalues(krylov, k=3, rtol=1e-7)
     assert found.largest[0] == pytest.approx(truth[-1].item(), abs=1e-6 * size)
@@ -163,12 +168,12 @@ def test_networks_against_their_dense_matrix(name, curvature):
 def test_float32_products_agree_with_float64(name):
     objective, X, y, _, _ = setup(name, train=False)
     v = start(sum(p.numel() for p in objective.params.values()))[:, None]
-    exact = CurvatureMatrix(objective, lambda: [(X, y)], len(X), "hessian") @ v
+    exact = matrix_over(objective, X, y) @ v
     model = copy.deepcopy(objective.model).float()
     X32 = X.float() if X.is_floating_point() else X
     y32 = y.float() if y.is_floating_point() else y
     single = Objective(model, trainable(model))
-    rounded = CurvatureMatrix(single, lambda: [(X32, y32)], len(X), "hessian") @ v.float()
+    rounded = matrix_over(single, X32, y32) @ v.float()
     assert (rounded.double() - exact).norm() < 1e-5 * exact.norm()
 
 

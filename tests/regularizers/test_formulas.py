@@ -34,7 +34,7 @@ def step_of(regularizer, case="gelu", seed=0, objective=None):
     objective = objective or Objective(model, trainable(model))
     X = X.requires_grad_(regularizer.needs_input_gradient)
     logits = objective.model(X)
-    loss = objective.loss_func(logits, y)
+    loss = objective.task.loss(logits, y)
     whole = Part(torch.arange(len(X)), len(X), 1.0)
     draws = generator(seed)
     return Step(objective, X, y, logits, loss, whole, 0, 0.5, draws, draws.get_state())

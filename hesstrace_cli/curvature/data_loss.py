@@ -1,0 +1,64 @@
+"""The mean loss of a model over a data set, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.parallel import ALONE, Ranks
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of a pass over the data.
+
+    Attributes:
+        number: Its number in the pass, from 0, the same in every pass.
+        X: Inputs, N_b of them.
+        y: Targets.
+        share: M_b / M, its terms among those of the data set: its weight in the mean loss.
+    """
+
+    number: int
+    X: Tensor
+    y: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
+class DataLoss:
+    """L(w) = sum_b (M_b / M) L_b(w): a mean over the M terms of all batches, not over batches.
+
+    Attributes:
+        objective: The mean loss L_b of a batch.
+        batches: Gives the same batches on every call; of several processes each its own, every
+            `ranks.size`-th from number `ranks.rank`.
+        num_examples: N, of all batches together.
+        num_terms: M, of all batches together.
+        ranks: The processes that share the batches.
+    """
+
+    objective: Objective
+    batches: Batches
+    num_examples: int
+    num_terms: int
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def counted(cls, objective: Objective, batches: Batches) -> DataLoss:
+        """The loss over batches whose examples and terms are counted in a first pass."""
+        targets = [y for _, y in batches()]
+        num_terms = sum(objective.task.num_terms(y) for y in targets)
+        return cls(objective, batches, sum(map(len, targets)), num_terms)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This process's batches; those without a term that counts are left out."""
+        for index, (X, y) in enumerate(self.batches()):
+            share = self.objective.task.num_terms(y) / self.num_terms
+            if share:
+                yield Batch(self.ranks.rank + index * self.ranks.size, X, y, share)
