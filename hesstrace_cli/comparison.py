@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy.special import stdtr
 
 from hesstrace_cli.checkpoints import write_atomically
+from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting.text import for_csv
-from hesstrace_cli.runs import RunFolder
+from hesstrace_cli.runs import PLACE, RunFolder
 
 SCHEMA = "hesstrace/comparison/1"
 MEASURES = (
@@ -34,34 +37,119 @@ Summary = Mapping[str, Any]
 CHOSEN = "chosen.json"
 """In a comparison's folder, the names of the runs whose strength was chosen."""
 
+PLANNED = "planned.json"
+"""In a comparison's folder, what its runs are, those not begun included."""
 
-def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The summaries of the finished runs under a folder, and the notes of those that diverged.
 
-    Of runs of several strengths to choose from, those of the chosen one are taken.
+@dataclass(frozen=True)
+class Found:
+    """The runs under a folder.
+
+    Attributes:
+        finished: Their summaries, with their `folder`.
+        diverged: The notes of those that stopped with a loss that is not finite, with `folder`.
+        unfinished: `dataset`, `model`, `regularizers` and `seed` of those begun or planned.
+    """
+
+    finished: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
+    unfinished: list[dict[str, Any]]
+
+
+def collect(folder: Path) -> Found:
+    """The runs under a folder; of several strengths to choose from, those of the chosen one.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If none is finished.
     """
     chosen = folder / CHOSEN
     names = json.loads(chosen.read_text()) if chosen.is_file() else None
 
-    def files(name: str) -> list[Path]:
-        found = sorted(folder.glob(f"**/{name}"))
+    def folders(name: str) -> list[Path]:
+        found = sorted(file.parent for file in folder.glob(f"**/{name}"))
         if names is None:
             return found
-        kept = [file for file in found if file.parent.name in names]
-        return sorted(kept, key=lambda file: names.index(file.parent.name))
+        return sorted((f for f in found if f.name in names), key=lambda f: names.index(f.name))
 
     finished = [
-        {**summary, "folder": str(file.parent)}
-        for file in files("summary.json")
-        if (summary := RunFolder(file.parent).summary()) is not None
+        {**summary, "folder": str(run)}
+        for run in folders("summary.json")
+        if (summary := RunFolder(run).summary()) is not None
     ]
-    diverged = [json.loads(file.read_text()) for file in files("diverged.json")]
+    diverged = [
+        {**json.loads((run / "diverged.json").read_text()), "folder": str(run)}
+        for run in folders("diverged.json")
+    ]
+    ended = {run["folder"] for run in [*finished, *diverged]}
+    begun = {str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended}
+    for file in folder.glob(f"**/{PLANNED}"):
+        for name, run in json.loads(file.read_text()).items():
+            place = str(file.parent / name)
+            if place not in ended and (names is None or Path(name).name in names):
+                begun.setdefault(place, run)
     if not finished and not diverged:
-        raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json)")
-    return finished, diverged
+        left = f", {len(begun)} that are not finished" if begun else ""
+        raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json){left}")
+    return Found(finished, diverged, list(begun.values()))
+
+
+def _settings(run: Path) -> TrainConfig:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{str(run)!r} has no config.yaml, so that its settings are not known; only runs of "
+            "the same settings can be compared"
+        )
+    return resolve(TrainConfig, {}, str(file))
+
+
+def _described(run: Path) -> dict[str, Any]:
+    config = _settings(run)
+    name = row_name(parse_row(config.reg, config.lambda_))
+    return {"dataset": config.dataset, "model": config.model, "regularizers": name,
+            "seed": config.seed, "folder": str(run)}  # fmt: skip
+
+
+_REGULARIZER = ("reg", "lambda_", "seed")
+
+
+def check_comparable(runs: Sequence[Summary]) -> None:
+    """Runs of one data set and model may differ in regularizer and seed, and in where they ran.
+
+    The settings of the trace penalty belong to the regularizer: they may differ between rows, not
+    within one.
+
+    Args:
+        runs: With `folder`, `dataset`, `model` and `regularizers`.
+
+    Raises:
+        ConfigError: If they differ in more; it says in what.
+    """
+    shared: dict[Any, tuple[str, Any]] = {}
+    for run in runs:
+        config = _settings(Path(run["folder"]))
+        own: dict[str, Any] = {}
+        common: dict[str, Any] = {}
+        for item in dataclasses.fields(TrainConfig):
+            if item.name not in (*PLACE, *_REGULARIZER):
+                is_own = item.metadata["panel"] == "Trace penalty"
+                (own if is_own else common)[key_of(item.name)] = getattr(config, item.name)
+        group = (run["dataset"], run["model"])
+        _check_same(shared, group, run["folder"], common)
+        if "trace" in parse_row(config.reg, config.lambda_):
+            _check_same(shared, (*group, run["regularizers"]), run["folder"], own)
+
+
+def _check_same(
+    seen: dict[Any, tuple[str, Any]], group: Any, folder: str, settings: dict[str, Any]
+) -> None:
+    other, before = seen.setdefault(group, (folder, settings))
+    differ = [f"{k} {before[k]} and {v}" for k, v in settings.items() if before[k] != v]
+    if differ:
+        raise ConfigError(
+            f"{other!r} and {folder!r} differ in more than regularizer and seed: "
+            f"{'; '.join(differ)}. Tabulate them apart"
+        )
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
@@ -122,6 +210,7 @@ def tabulate(
     summaries: Sequence[Summary],
     diverged: Sequence[Summary] = (),
     step_cost: Mapping[str, float] | None = None,
+    unfinished: Sequence[Summary] = (),
 ) -> dict[str, Any]:
     """The comparison of finished runs, a row a data set, model and regularizer.
 
@@ -130,15 +219,18 @@ def tabulate(
         diverged: `dataset`, `model`, `regularizers` and `seed` of the runs that stopped with a
             loss that is not finite.
         step_cost: The time of a step over that of `none`, by regularizer.
+        unfinished: As `diverged`, of the runs that are not at their end.
     """
     summaries = _distinct(summaries)
     groups: dict[tuple[str, str], list[Summary]] = {}
-    for summary in [*summaries, *diverged]:
+    pending = [{**run, "unfinished": True} for run in unfinished]
+    for summary in [*summaries, *diverged, *pending]:
         groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
     rows: list[dict[str, Any]] = []
     for (dataset, model), members in groups.items():
         rows += _group(dataset, model, members, step_cost or {})
-    return {"schema": SCHEMA, "rows": rows}
+    num_runs = len(summaries) + len(diverged) + len(pending)
+    return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending), "rows": rows}
 
 
 def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
@@ -177,12 +269,16 @@ def _group(
     rows = []
     for name in names:
         own = [s for s in finished if s["regularizers"] == name]
+        num_runs = sum(s["regularizers"] == name for s in members)
+        num_unfinished = sum("unfinished" in s for s in members if s["regularizers"] == name)
         row: dict[str, Any] = {
             "regularizer": name,
             "dataset": dataset,
             "model": model,
             "num_seeds": len(own),
-            "num_diverged": sum(s["regularizers"] == name for s in members) - len(own),
+            "num_diverged": num_runs - num_unfinished - len(own),
+            "num_unfinished": num_unfinished,
+            "num_collapsed": sum(bool(s.get("collapsed")) for s in own),
         }
         row |= {m: describe(list(values[name, m].values())) for m in MEASURES}
         errors = [s["trace"]["stderr"] for s in own]
@@ -240,11 +336,12 @@ def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     writer = csv.writer(table, lineterminator="\n")
     plain = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
     head = [f"{m}_{part}" for m in MEASURES for part in ("mean", "std")]
-    writer.writerow([*plain, *head])
+    counts = ("num_unfinished", "num_collapsed")
+    writer.writerow([*plain, *head, *counts])
     for row in comparison["rows"]:
         cells = [row[m][part] for m in MEASURES for part in ("mean", "std")]
         names = [for_csv(x) if isinstance(x := row[name], str) else x for name in plain]
-        writer.writerow([*names, *cells])
+        writer.writerow([*names, *cells, *(row[name] for name in counts)])
     write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
     write_atomically(folder / "results.csv", table.getvalue())
     write_atomically(folder / "results.md", markdown)

@@ -25,7 +25,7 @@ from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
-from hesstrace_cli.evaluation import evaluate, generalization_report
+from hesstrace_cli.evaluation import collapse, evaluate, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
@@ -240,6 +240,7 @@ def trace_record(
         "num_parameters": sum(p.numel() for p in params.values()),
         "loss": loss,
         "accuracy": accuracy,
+        "collapsed": collapse(loss, accuracy, split.labels),
     }
     if config.per_layer or config.plot is not None:
         record["per_layer"] = [

@@ -39,6 +39,35 @@ def finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
+_FAR = 10.0  # times log C
+
+
+def collapse(loss: float, accuracy: float, labels: Tensor) -> str | None:
+    """Whether a network tells no more than nothing of these examples, and by what; None if not.
+
+    Whoever names every class with its share of the examples, whatever the input, has a loss of the
+    shares' entropy, the least that is possible so, and at most the largest share as accuracy.
+
+    Args:
+        loss: The mean cross-entropy on the examples.
+        accuracy: On them.
+        labels: Theirs.
+    """
+    counts = labels.cpu().unique(return_counts=True)[1].double()
+    shares = counts / counts.sum()
+    largest, entropy = shares.max().item(), -(shares * shares.log()).sum().item()
+    guess = math.log(max(2, len(counts)))
+    if loss > _FAR * guess:
+        return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
+    noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
+    if entropy > 0 and loss >= 0.99 * entropy and accuracy <= largest + noise:
+        return (
+            f"accuracy {accuracy:.3g} and loss {loss:.3g} are no better than those of the classes' "
+            f"shares alone, {largest:.3g} and {entropy:.3g}"
+        )
+    return None
+
+
 _BINS = 15
 
 

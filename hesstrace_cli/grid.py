@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.checkpoints import write_atomically
-from hesstrace_cli.comparison import CHOSEN
+from hesstrace_cli.comparison import CHOSEN, PLANNED, Found
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.locks import FolderLock
@@ -149,17 +149,15 @@ def note_divergence(run: PlannedRun, problem: str) -> None:
     write_atomically(run.diverged, json.dumps(note, indent=2) + "\n")
 
 
-def results(
-    runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun] | None = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The summaries of the runs that are finished, and the notes of those that diverged."""
-    kept = runs if chosen is None else chosen
+def results(runs: Sequence[PlannedRun]) -> Found:
+    """What came of the runs, all of which have ended."""
     finished = [
         {**summary, "folder": run.config.out}
-        for run in kept
+        for run in runs
         if (summary := run.folder.summary()) is not None
     ]
-    return finished, [json.loads(r.diverged.read_text()) for r in kept if r.diverged.is_file()]
+    diverged = [json.loads(r.diverged.read_text()) for r in runs if r.diverged.is_file()]
+    return Found(finished, diverged, [])
 
 
 def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -182,6 +180,25 @@ def write_chosen(folder: Path, chosen: Sequence[PlannedRun]) -> None:
     """Note the chosen runs, for `compare DIR` to collect them alone."""
     names = [run.folder.path.name for run in chosen]
     write_atomically(folder / CHOSEN, json.dumps(names, indent=2) + "\n")
+
+
+def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
+    """Note all runs, so that a table of those finished can say how many there are to be.
+
+    What an earlier comparison in the folder has chosen holds no longer where runs are pending.
+    """
+    planned = {
+        str(run.folder.path.relative_to(folder)): {
+            "dataset": run.config.dataset,
+            "model": run.config.model,
+            "regularizers": run.regularizer,
+            "seed": run.config.seed,
+        }
+        for run in runs
+    }
+    write_atomically(folder / PLANNED, json.dumps(planned, indent=2) + "\n")
+    if not all(run.done for run in runs):
+        (folder / CHOSEN).unlink(missing_ok=True)
 
 
 def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ from hesstrace_cli.locks import FolderLock
 SCHEMA = "hesstrace/run/1"
 
 # May differ between the first part of a run and a resumed one: they say where, not what.
-_PLACE = (
+PLACE = (
     "out", "resume", "device", "num_workers", "data_dir", "download", "keep_checkpoints",
     "tensorboard",
 )  # fmt: skip
@@ -140,7 +140,7 @@ class RunFolder:
         changed = [
             f"{key_of(item.name)} was {getattr(before, item.name)}, is {getattr(config, item.name)}"
             for item in dataclasses.fields(TrainConfig)
-            if item.name not in _PLACE and getattr(before, item.name) != getattr(config, item.name)
+            if item.name not in PLACE and getattr(before, item.name) != getattr(config, item.name)
         ]
         if changed:
             raise ConfigError(

@@ -12,7 +12,13 @@ from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.data import DataSet, Split, stratified_order
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import top_eigenvalue, trace_record
-from hesstrace_cli.evaluation import calibration_error, evaluate, finite, input_jacobian
+from hesstrace_cli.evaluation import (
+    calibration_error,
+    collapse,
+    evaluate,
+    finite,
+    input_jacobian,
+)
 from hesstrace_cli.precision import full_precision
 
 _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
@@ -52,6 +58,7 @@ def summarize(
         "epochs": config.epochs,
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
+        "collapsed": collapse(train_loss, train_accuracy, data.train.labels),
         "val_accuracy": None if data.val is None else evaluate(model, data.val, batch_size)[1],
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,

@@ -19,6 +19,7 @@ from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.reporting.text import for_markdown
 
 if TYPE_CHECKING:
+    from hesstrace_cli.comparison import Found
     from hesstrace_cli.grid import Job, PlannedRun
 
 _COSTS = "step_cost.json"
@@ -60,15 +61,15 @@ def compare(
         return
     lock = grid.lock(settings)
     pending = grid.pending(runs)
+    grid.write_planned(grid.root(settings), runs)
     if pending:
         _train_all(pending, settings.jobs)
     chosen = grid.choose_strengths(runs)
     if settings.tune:
         grid.write_chosen(grid.root(settings), chosen)
         _say_choices(runs, chosen)
-    finished, diverged = grid.results(runs, chosen)
     costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
-    _report(finished, diverged, costs, grid.root(settings))
+    _report(grid.results(chosen), costs, grid.root(settings))
     lock.release()
 
 
@@ -88,24 +89,25 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
-    from hesstrace_cli.comparison import collect
+    from hesstrace_cli.comparison import Found, check_comparable, collect
 
-    found = [collect(Path(folder)) for folder in folders]
-    finished = [summary for own, _ in found for summary in own]
-    diverged = [note for _, own in found for note in own]
+    each = [collect(Path(folder)) for folder in folders]
+    found = Found(
+        [run for one in each for run in one.finished],
+        [run for one in each for run in one.diverged],
+        [run for one in each for run in one.unfinished],
+    )
+    known = [run for run in found.unfinished if "folder" in run]
+    check_comparable([*found.finished, *found.diverged, *known])
     out = Path(folders[0]) if len(folders) == 1 else None
-    _report(finished, diverged, _read_costs(out), out)
+    _report(found, _read_costs(out), out)
 
 
-def _report(
-    finished: list[dict[str, Any]],
-    diverged: list[dict[str, Any]],
-    costs: dict[str, float],
-    out: Path | None,
-) -> None:
+def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     from hesstrace_cli.comparison import tabulate, write
 
-    comparison = tabulate(finished, diverged, costs)
+    finished = found.finished
+    comparison = tabulate(finished, found.diverged, costs, found.unfinished)
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
     markdown = ""
     for table in tables.comparison_tables(comparison, several=several):
@@ -123,7 +125,7 @@ def _report(
             if figure is not None:
                 plots.save(figure, str(out / name))
         screen.say(f"results.json, results.csv, results.md and plots are in {out}")
-    if diverged and not finished:
+    if found.diverged and not finished:
         raise NumericsError("every run diverged")
 
 

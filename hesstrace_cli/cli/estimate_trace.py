@@ -79,6 +79,11 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
         note = tables.subset_note(record)
         if note is not None:
             screen.say(where + note)
+        if record["collapsed"]:
+            screen.say(
+                f"{where}warning: the network has collapsed, or was not trained: "
+                f"{record['collapsed']}. A small trace says nothing of it"
+            )
     given = {key: value for key, value in first["preprocess"].items() if value is not None}
     inputs = ", ".join(f"{key} {value}" for key, value in given.items())
     screen.say(

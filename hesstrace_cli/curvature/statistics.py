@@ -140,5 +140,7 @@ class StratifiedMean:
                 torch.as_tensor(s.squares)[:, 0] / (s.count * (s.count - 1))
                 for s in self.batches.values()
             ])  # fmt: skip
-            between = (between - (w * own).sum() / w.sum()).clamp(min=0)
+            between = between - (w * own).sum() / w.sum()
+        if between <= 0:  # lost in the noise of the strata, which does not make it 0
+            return None
         return math.sqrt(between * concentration * (1 - size / population))

@@ -26,6 +26,18 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{number(value)} ± {number(error, 2)}" if error else f"{number(value)} (exact)"
 
 
+def _is_subset(record: Mapping[str, Any]) -> bool:
+    return bool(record["num_examples"] < record["num_population"])
+
+
+def _trace(record: Mapping[str, Any]) -> str:
+    """The trace with its error, which is that on the examples it was taken on."""
+    text = with_error(record["trace"], record["stderr"])
+    if record["stderr"] == 0 and _is_subset(record):
+        return text.replace("(exact)", f"(exact on {record['num_examples']})")
+    return text
+
+
 def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What a finished run shows."""
     trace, penalty = summary["trace"], summary["trace_penalty"]
@@ -38,7 +50,15 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     ]
     if summary["val_accuracy"] is not None:
         rows.append(["validation accuracy", f"{summary['val_accuracy']:.4f}"])
-    rows.append(["tr(H), training data, eval mode", with_error(trace["trace"], trace["stderr"])])
+    if trace["trace"] is None:
+        rows.append(["tr(H), training data, eval mode", Words(f"not known: {trace['reason']}")])
+    else:
+        rows.append(["tr(H), training data, eval mode", _trace(trace)])
+        note = subset_note(trace)
+        if note is not None:
+            rows.append(["", Words(note)])
+    if summary.get("collapsed"):
+        rows.append(["collapsed", Words(summary["collapsed"])])
     if penalty is not None:
         matrix = "G" if penalty["curvature"] == "ggn" else "H"
         rows.append(["penalty on", Words(f"tr({matrix}): {penalty['reason']}")])
@@ -57,7 +77,7 @@ def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
         per_batch = r["num_probes"] and r["method"] not in ("hutch++", "xtrace")
         passes = f"{r['passes']} x {r['num_probes']}" if per_batch else str(r["passes"])
         rows.append([
-            r["checkpoint"], with_error(r["trace"], r["stderr"]),
+            r["checkpoint"], _trace(r),
             "-" if r["stderr"] == 0 else interval, number(r["loss"]),
             f"{r['accuracy']:.4f}", r["method"], passes,
         ])  # fmt: skip
@@ -67,11 +87,11 @@ def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def subset_note(record: Mapping[str, Any]) -> str | None:
     """What the examples' being a subset adds to the error; None where they are all."""
-    if record["num_examples"] == record["num_population"]:
+    if not _is_subset(record):
         return None
     share = f"{record['num_examples']} of {record['num_population']} examples"
-    if record["subset_stderr"] is None:
-        return f"{share}: what they miss of the whole is not known"
+    if not record["subset_stderr"]:
+        return f"{share}: how far they are from all of them is not known"
     return f"{share}: as an estimate for all of them, ± {number(record['subset_stderr'], 2)} more"
 
 
@@ -116,7 +136,7 @@ def report_table(record: Mapping[str, Any]) -> Table:
             ("loss", "loss", "generalization_gap"), ("accuracy", "accuracy", "accuracy_gap")
         )
     ]  # fmt: skip
-    for name, value in ((f"tr({matrix})", with_error(record["trace"], record["stderr"])),
+    for name, value in ((f"tr({matrix})", _trace(record)),
                         ("input Jacobian, mean ||df/dx||^2", jacobian)):  # fmt: skip
         rows.append([name, *([value, ""] if record["split"] == "train" else ["", value]), ""])
     return Table(record["checkpoint"], REPORT_HEAD, rows)
@@ -208,6 +228,9 @@ def comparison_tables(comparison: Mapping[str, Any], *, several: bool) -> list[T
         lower.append([name, *(_spread(row[m]) for m in measured),
                       "-" if cost is None else f"{cost:.2f}"])  # fmt: skip
     spread = "mean ± standard deviation over seeds, of the last epoch"
+    if comparison["num_unfinished"]:
+        ended = comparison["num_runs"] - comparison["num_unfinished"]
+        spread = f"{ended} of {comparison['num_runs']} runs: {spread}"
     return [
         Table(f"{spread}; differences with 95 % interval and Holm's p", first, upper),
         Table(f"{spread}; step cost over none's", second, lower),
@@ -219,8 +242,10 @@ def _title(measure: str) -> str:
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
-    diverged = f" ({row['num_diverged']} diverged)" if row["num_diverged"] else ""
-    return f"{row['num_seeds']}{diverged}"
+    total = row["num_seeds"] + row["num_diverged"] + row["num_unfinished"]
+    count = f"{row['num_seeds']} of {total}" if row["num_unfinished"] else str(row["num_seeds"])
+    notes = [f"{row[f'num_{k}']} {k}" for k in ("diverged", "collapsed") if row[f"num_{k}"]]
+    return f"{count} ({', '.join(notes)})" if notes else count
 
 
 def _winning(row: Mapping[str, Any], measure: str) -> str:
