@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,79 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from hesstrace_cli.errors import ConfigError, ModelError
-from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
+from hesstrace_cli.errors import ModelError
+from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.files import write_atomically
+from hesstrace_cli.state import FORMAT, checked, is_extra
 
-FORMAT = "hesstrace/checkpoint/1"
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net", "ema")
+_DEEPEST = 4  # a dict may hold itself
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and averaged models, of torch.compile
 
 
-def write_atomically(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
-    """Write to a temporary name and rename, so that `path` is never half written.
-
-    Args:
-        path: The file.
-        content: Bytes, a text, or a mapping for `torch.save`.
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Save it whole or not at all.
 
     Raises:
         ConfigError: If the file cannot be written; what `path` held is still there.
     """
-    try:
-        path = path.resolve() if path.is_symlink() else path
-        if path.exists() and not path.is_file():  # a pipe or a device: nothing to keep whole
-            with path.open("wb") as file:
-                _write(file, content)
-            return
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    except (OSError, ValueError) as problem:
-        raise _unwritable(path, problem) from problem
-    try:
-        with temporary.open("wb") as file:
-            _write(file, content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as problem:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if is_of_the_machine(problem):  # a tensor that could not be copied from the device
-            raise
-        raise _unwritable(path, problem) from problem
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether `path` is the temporary file of a `write_atomically` that was killed."""
-    return re.fullmatch(r"\..+\.tmp\d+", path.name) is not None
-
-
-def _write(file: BinaryIO, content: bytes | str | Mapping[str, Any]) -> None:
-    if isinstance(content, Mapping):
-        torch.save(dict(content), file)
-    else:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def _unwritable(path: Path, problem: Exception) -> ConfigError:
-    reason = getattr(problem, "strerror", None) or problem
-    return ConfigError(f"{str(path)!r} cannot be written: {reason}")
-
-
-def check_writable(path: str | None) -> None:
-    """Find out before the work whether its result can be written.
-
-    Raises:
-        ConfigError: If the file's folder is not there, or cannot be written to.
-    """
-    if path is None or path == "-":
-        return
-    parent = Path(path).parent
-    if path and Path(path).is_dir():
-        raise ConfigError(
-            f"{path!r} cannot be written: it is a folder, expected the name of a file"
-        )
-    if not path or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{path!r} cannot be written; {str(parent)!r} must be a folder")
+    write_atomically(path, partial(torch.save, dict(content)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +55,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, of this package or not; no code in it is run.
 
     The weights may stand alone or under a key of `WEIGHT_KEYS`, and be in the safetensors format.
+    In PyTorch's zip format, its own since 1.6, the checksum of every part is compared, so that a
+    damaged weight is noticed; safetensors and the format before have none: there only damage to
+    names, shapes and lengths is.
 
     Raises:
         ModelError: If it is missing, damaged, or holds more than tensors and plain values.
@@ -123,14 +70,46 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} holds a {type(content).__name__}, expected a checkpoint")
     if content.get("format") == FORMAT:
-        if not isinstance(content.get("state_dict"), dict) or not isinstance(
-            content.get("config"), dict
-        ):
-            raise ModelError(f"{str(path)!r} is damaged: it has no state_dict or no config")
-        return Checkpoint(content["state_dict"], content)
+        try:
+            content = checked(content)
+            return Checkpoint(check_tensors(content["state_dict"]), content)
+        except ModelError as problem:
+            raise ModelError(f"{str(path)!r} is damaged: {problem}") from problem
     weights, note = _find_weights(content, str(path))
     epoch = content.get("epoch")
-    return Checkpoint(weights, {"epoch": epoch} if isinstance(epoch, int) else {}, note)
+    said = {"epoch": epoch} if isinstance(epoch, int) else {}
+    try:
+        return Checkpoint(check_tensors(weights), said, note)
+    except ModelError as problem:
+        raise ModelError(f"checkpoint {str(path)!r} cannot be used: {problem}") from problem
+
+
+def check_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, each a plain tensor: no other layout, no wrapper, with values.
+
+    Raises:
+        ModelError: Naming the first that is something else.
+    """
+    for name, value in weights.items():
+        odd = None if is_extra(name) else oddity(value)
+        if odd is not None:
+            raise ModelError(f"{name} is {odd}, expected a dense tensor with its values")
+    return weights
+
+
+def oddity(value: Tensor) -> str | None:
+    """What keeps a tensor from being copied into a plain parameter, or None."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.is_meta:
+        return "a meta tensor without values"
+    if value.is_quantized:
+        return f"a quantized tensor ({value.dtype})"
+    if value.layout != torch.strided:
+        return f"a sparse tensor ({value.layout})"
+    return None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -142,33 +121,69 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK" or zipfile.is_zipfile(file)
+            if is_zip:
+                _check_sums(file, str(path))
+            file.seek(0)
+            return _load(file, str(path), is_zip=is_zip)
+    except OSError as problem:
+        raise ModelError(f"checkpoint {str(path)!r} cannot be read: {problem}") from problem
+
+
+def _check_sums(file: BinaryIO, path: str) -> None:
+    """Compare the checksums in a zip file, which `torch.load` passes over.
+
+    Raises:
+        ModelError: If one differs, or the file is no whole zip file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as problem:  # zipfile raises many kinds where a field is damaged
+        if is_out_of_memory(problem):
+            raise
+        raise ModelError(f"{path!r} is cut off or damaged: {_short(problem)}") from problem
+    if damaged is not None:
+        raise ModelError(f"{path!r} is damaged: the checksum of its part {damaged!r} differs")
+
+
+def _load(file: BinaryIO, path: str, *, is_zip: bool) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
-        if not zipfile.is_zipfile(path) and "GLOBAL" not in str(problem):
-            raise ModelError(f"{str(path)!r} is not a checkpoint") from problem
+        if not is_zip and "GLOBAL" not in str(problem):
+            raise ModelError(f"{path!r} is not a checkpoint") from problem
         named = re.search(r"GLOBAL (\S+)", str(problem))
         what = f"objects ({named.group(1)})" if named else "objects"
         raise ModelError(
-            f"checkpoint {str(path)!r} holds pickled {what}, not only tensors and plain values; "
+            f"checkpoint {path!r} holds pickled {what}, not only tensors and plain values; "
             "they are never loaded, as that would run code. Save its state dict alone"
         ) from problem
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # an unpickler of bytes that anybody wrote
         if is_out_of_memory(problem):
             raise
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(f"{str(path)!r} is cut off or not a checkpoint: {reason}") from problem
+        raise ModelError(f"{path!r} is cut off or not a checkpoint: {_short(problem)}") from problem
 
 
-def _find_weights(content: dict[str, Any], path: str) -> tuple[dict[str, Tensor], str | None]:
-    if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+def _short(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:200] or type(problem).__name__
+
+
+def _find_weights(
+    content: dict[str, Any], path: str, depth: int = 0
+) -> tuple[dict[str, Tensor], str | None]:
+    if content and all(
+        isinstance(k, str) and (isinstance(v, Tensor) or is_extra(k)) for k, v in content.items()
+    ):
         return _without_prefixes(content), None
     present = [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
-    if not present:
+    if not present or depth > _DEEPEST:
         raise ModelError(
             f"{path!r} has no weights under {', '.join(WEIGHT_KEYS)}; its keys: "
             f"{', '.join(map(str, list(content)[:10])) or 'none'}"
         )
-    weights, note = _find_weights(content[present[0]], path)
+    weights, note = _find_weights(content[present[0]], path, depth + 1)
     if len(present) > 1:
         others = ", ".join(map(repr, present[1:]))
         note = f"the weights under {present[0]!r} are used, not those under {others}"
@@ -177,11 +192,27 @@ def _find_weights(content: dict[str, Any], path: str) -> tuple[dict[str, Tensor]
 
 def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names as the bare model has them: wrappers put one prefix before all of them."""
-    weights = {name: value for name, value in weights.items() if name != "n_averaged"}
+    if "n_averaged" in weights:
+        weights = _renamed(weights, {name: name for name in weights if name != "n_averaged"})
     for prefix in WRAPPERS * 2:
         if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+            names = {name: name.removeprefix(prefix) for name in weights}
+            weights = _renamed(weights, names, prefix)
     return weights
+
+
+def _renamed(
+    weights: Mapping[str, Tensor], names: Mapping[str, str], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The weights that have a new name, with the modules' versions, which some modules ask for."""
+    renamed = OrderedDict((new, weights[old]) for old, new in names.items())
+    versions: dict[str, Any] = getattr(weights, "_metadata", {})
+    renamed._metadata = {  # type: ignore[attr-defined]
+        (module + ".").removeprefix(prefix).removesuffix("."): version
+        for module, version in versions.items()
+        if (module + ".").startswith(prefix)
+    }
+    return renamed
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
@@ -193,27 +224,44 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) 
         name: What to call the checkpoint in an error.
 
     Raises:
-        ModelError: If names or shapes differ; the first of each kind are named.
+        ModelError: If names, shapes or kinds of numbers differ; the first of each are named.
+    """
+    model.load_state_dict(fitting(model, state_dict, name))
+
+
+def fitting(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
+    """The weights by the model's own names, known to fit; the model is as it was.
+
+    Raises:
+        ModelError: If names, shapes or kinds of numbers differ; the first of each are named.
     """
     own = model.state_dict()
     for prefix in ("model.", "net."):  # of a training framework's wrapper
         if set(state_dict) == {prefix + key for key in own}:
-            state_dict = {key: state_dict[prefix + key] for key in own}
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
+            state_dict = _renamed(state_dict, {prefix + key: key for key in own}, prefix)
+    both = [key for key in own if key in state_dict and not is_extra(key)]
     shapes = [
         f"{key} is {tuple(state_dict[key].shape)}, the model's is {tuple(own[key].shape)}"
-        for key in own
-        if key in state_dict and own[key].shape != state_dict[key].shape
+        for key in both
+        if own[key].shape != state_dict[key].shape
+    ]
+    kinds = [
+        f"{key} is {state_dict[key].dtype}, the model's is {own[key].dtype}"
+        for key in both
+        if not torch.can_cast(state_dict[key].dtype, own[key].dtype)
     ]
     problems = []
     for what, keys in (
-        ("missing", missing),
-        ("unexpected", unexpected),
+        ("missing", [key for key in own if key not in state_dict]),
+        ("unexpected", [key for key in state_dict if key not in own]),
         ("of another shape", shapes),
+        ("of another kind of number", kinds),
     ):
         if keys:
             problems.append(f"{len(keys)} {what}, first {keys[0]}")
     if problems:
         raise ModelError(f"checkpoint {name!r} does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(dict(state_dict))
+    if not getattr(state_dict, "_metadata", None):  # names and shapes are those of its own version
+        state_dict = OrderedDict(state_dict)
+        state_dict._metadata = own._metadata  # type: ignore[attr-defined]
+    return state_dict

@@ -15,12 +15,13 @@ from typing import Any
 
 from scipy.special import stdtr
 
-from hesstrace_cli.checkpoints import write_atomically
 from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.files import write_atomically
 from hesstrace_cli.reporting.text import for_csv
-from hesstrace_cli.runs import PLACE, RunFolder
+from hesstrace_cli.resume import PLACE
+from hesstrace_cli.runs import RunFolder
 
 SCHEMA = "hesstrace/comparison/1"
 MEASURES = (

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.checkpoints import write_atomically
 from hesstrace_cli.comparison import CHOSEN, PLANNED, Found
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
+from hesstrace_cli.files import write_atomically
 from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.runs import RunFolder, default_folder
+
+_OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def lock(config: CompareConfig) -> FolderLock:
 def plan(config: CompareConfig) -> list[PlannedRun]:
     """The runs of the grid: for a seed, every row has the same initial weights and data order."""
     own = {item.name for item in dataclasses.fields(TrainConfig)}
-    common = {k: getattr(config, k) for k in own - {"reg", "lambda_", "seed", "out", "resume"}}
+    common = {k: getattr(config, k) for k in own - _OF_A_RUN}
     return [
         _planned(config, {**common, "dataset": dataset, "model": model}, entry, row, seed)
         for dataset in config.dataset.split(",")
@@ -101,7 +103,11 @@ def arguments(config: TrainConfig) -> list[str]:
         value, flag = getattr(config, item.name), "--" + key_of(item.name)
         default = item.default_factory() if callable(item.default_factory) else item.default
         always = item.name in ("reg", "seed", "out", "dataset", "model")
-        if item.name == "resume" or (value == default and not always) or value is None:
+        if (
+            item.name in ("resume", "resume_or_start")
+            or (value == default and not always)
+            or value is None
+        ):
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{key_of(item.name)}")
@@ -111,7 +117,7 @@ def arguments(config: TrainConfig) -> list[str]:
             words += [flag, ",".join(str(v) for v in value)]
         else:
             words += [flag, str(value)]
-    return [*words, "--resume"]
+    return [*words, "--resume-or-start"]
 
 
 def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -121,16 +127,10 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         ConfigError: If a run's folder holds one with other settings.
     """
     for run in runs:
-        settings = run.folder.path / "config.yaml"
-        if settings.is_file():
-            run.folder.check_same(run.config, str(settings))
+        if run.folder.settings.is_file():
+            run.folder.check_same(run.config)
     return [
-        dataclasses.replace(
-            run,
-            config=dataclasses.replace(
-                run.config, resume=(run.folder.path / "config.yaml").is_file()
-            ),
-        )
+        dataclasses.replace(run, config=dataclasses.replace(run.config, resume_or_start=True))
         for run in runs
         if not run.done
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from pathlib import Path
 
 from hesstrace_cli.errors import ConfigError
@@ -12,6 +13,22 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked process, as a data loader's worker is, would hold the lock when its parent is dead.
+
+    Closing its own handle leaves the parent's lock as it is.
+    """
+    for lock in list(_held):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class FolderLock:
@@ -38,6 +55,7 @@ class FolderLock:
             os.close(handle)
             return
         self._handle = handle
+        _held.add(self)
 
     def release(self) -> None:
         """Let others in."""

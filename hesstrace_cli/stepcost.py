@@ -49,7 +49,11 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
     memory: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            name: Run(dataclasses.replace(config, out=str(Path(folder) / str(i)), resume=False))
+            name: Run(
+                dataclasses.replace(
+                    config, out=str(Path(folder) / str(i)), resume=False, resume_or_start=False
+                )
+            )
             for i, (name, config) in enumerate(configs.items())
         }
         for round_number in range(_ROUNDS):

@@ -23,29 +23,12 @@ from hesstrace_cli.parallel import Ranks
 from hesstrace_cli.randomness import random_state, set_random_state
 from hesstrace_cli.regularizers import Part, Regularizer, Step
 from hesstrace_cli.regularizers.trace import TracePenalty
+from hesstrace_cli.state import Sums
 from hesstrace_cli.sync_norm import SyncedNorms
 
 _MOST_SKIPPED = 16  # float16 steps in a row, each at half the scale of the one before
 Examples = tuple[Tensor, Tensor, Part]
 """Inputs and labels of a part of a batch, and which part it is."""
-
-
-@dataclass
-class Sums:
-    """What an epoch adds up, on the device, without waiting for it."""
-
-    loss: Tensor
-    correct: Tensor
-    examples: int
-    penalty: Tensor
-    penalty_steps: int
-    skipped: int = 0
-
-    @classmethod
-    def zero(cls, device: torch.device) -> Sums:
-        """An empty sum."""
-        zeros = [torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)]
-        return cls(zeros[0], zeros[1], 0, zeros[2], 0)
 
 
 def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> list[Part]:

@@ -15,11 +15,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
 
-from hesstrace_cli.checkpoints import FORMAT, load_weights, read_checkpoint, write_atomically
+from hesstrace_cli.checkpoints import fitting, load_weights, read_checkpoint, save_checkpoint
 from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row, row_name
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
 from hesstrace_cli.data import DataSet, load_data, stratified_order
-from hesstrace_cli.errors import ConfigError, HesstraceError, Stopped
+from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, Stopped
 from hesstrace_cli.estimation import trace_record, versions
 from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
@@ -30,26 +30,15 @@ from hesstrace_cli.randomness import derived_seed, stream_generator
 from hesstrace_cli.regularizers import Part, Regularizer, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, choose_curvature
 from hesstrace_cli.reporting.events import Events
+from hesstrace_cli.resume import check_state
 from hesstrace_cli.runs import SCHEMA, RunFolder, default_folder
-from hesstrace_cli.steps import (
-    Examples,
-    Stepper,
-    Sums,
-    split_batch,
-)
+from hesstrace_cli.schedule import learning_rate
+from hesstrace_cli.state import FORMAT, Sums
+from hesstrace_cli.steps import Examples, Stepper, split_batch
 from hesstrace_cli.summary import summarize
 from hesstrace_cli.sync_norm import sync_norms
 
 _MONITORED_EXAMPLES = 500
-
-
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """The learning rate after a share of the run, by `--schedule`."""
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    if config.schedule == "step":
-        return config.lr * 0.2 ** sum(progress >= at for at in (0.3, 0.6, 0.8))
-    return config.lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +73,8 @@ class Run:
         self.config = dataclasses.replace(config, out=str(self.folder.path))
         self.device = select_device(config.device)
         self.ranks = join(self.device)
+        if self.ranks.is_first:
+            self.folder.check_place(self.config)
         self.data: DataSet = load_data(config, self.device)
         self.model = self._build_model()
         self.optimizer = self._build_optimizer()
@@ -118,11 +109,14 @@ class Run:
             raise
 
     def _begin(self) -> None:
-        checkpoint = self.folder.open(self.config) if self.ranks.is_first else None
+        checkpoint = None
+        if self.ranks.is_first:
+            checkpoint = self.folder.open(self.config, self.steps_per_epoch)
         checkpoint = self.ranks.from_first(checkpoint)
         if checkpoint is not None:
             self._restore(checkpoint)
         if self.ranks.is_first:
+            self.folder.make_longer(self.config)
             self.folder.truncate_metrics(self.step // self.steps_per_epoch)
 
     def _unlock(self) -> None:
@@ -358,8 +352,7 @@ class Run:
     def _save(self, path: Path) -> None:
         if not self.ranks.is_first:
             return
-        settings = {k: v for k, v in dataclasses.asdict(self.config).items()}
-        write_atomically(
+        save_checkpoint(
             path,
             {
                 "format": FORMAT,
@@ -371,16 +364,31 @@ class Run:
                 "best_accuracy": self.best_accuracy,
                 "sums": dataclasses.asdict(self.sums),
                 "scaler": self.stepper.scaler.state_dict(),
-                "config": settings,
-                "preprocess": self.data.preprocess.as_dict(),
-                "num_classes": self.data.num_classes,
-                "in_shape": list(self.data.in_shape),
+                "config": dataclasses.asdict(self.config),
+                **self._made_for(),
                 "versions": versions(),
             },
         )
 
+    def _made_for(self) -> dict[str, Any]:
+        """What a checkpoint says of the data."""
+        return {
+            "preprocess": self.data.preprocess.as_dict(),
+            "num_classes": self.data.num_classes,
+            "in_shape": list(self.data.in_shape),
+        }
+
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        load_weights(self.model, checkpoint["state_dict"], str(self.folder.last))
+        name = str(self.folder.last)
+        weights = fitting(self.model, checkpoint["state_dict"], name)
+        try:
+            check_state(
+                checkpoint, self.optimizer, self.stepper.scaler, total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch, made_for=self._made_for(),
+            )  # fmt: skip
+        except ModelError as problem:
+            raise ModelError(f"{name!r} is not of this run: {problem}") from problem
+        self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best_accuracy = checkpoint["best_accuracy"]

@@ -106,7 +106,7 @@ def test_plan_is_the_whole_grid():
     assert len({run.config.out for run in runs}) == len(runs)
     for run in runs:
         words = grid.arguments(run.config)
-        assert "--resume" in words
+        assert "--resume-or-start" in words
         assert shlex.split(shlex.join(words)) == words
 
 

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from hesstrace_cli.checkpoints import is_leftover, read_checkpoint, write_atomically
+from hesstrace_cli.checkpoints import read_checkpoint, save_checkpoint
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.files import leftovers
 from hesstrace_cli.training import Run
 from tests.conftest import make_run, train_to_end
 
@@ -20,7 +21,7 @@ SETTINGS = {"reg": "trace=0.01", "epochs": 8, "batch_size": 16, "momentum": 0.9}
 
 
 def train_resumed(out):
-    train_to_end(out, resume=True, **SETTINGS).finish()
+    train_to_end(out, resume_or_start=True, **SETTINGS).finish()
 
 
 def records(folder):
@@ -52,7 +53,7 @@ def test_killed_at_twenty_random_moments(tmp_path):
             lengths.add(len((out / "metrics.jsonl").read_text().splitlines()))
     assert len(lengths) > 1, "the kills fell into one epoch"
     train_resumed(out)
-    assert not any(is_leftover(file) for file in out.iterdir())
+    assert not leftovers(out)
 
     assert records(out) == records(tmp_path / "whole")
     for name in ("last.pt", "best.pt"):
@@ -91,7 +92,7 @@ def test_killed_between_two_writes(tmp_path, monkeypatch, call):
 
 def test_what_a_killed_start_left_is_no_run(tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / ".config.yaml.tmp123").write_text("seed: 0\nhalf")
+    (tmp_path / "r" / ".hesstrace-0123456789abcdef.tmp").write_text("seed: 0\nhalf")
     train_to_end(tmp_path / "r")
     assert not list((tmp_path / "r").glob(".*"))
 
@@ -111,6 +112,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ConfigError, match="No space left"):
-        write_atomically(tmp_path / "r" / "last.pt", {"a": 1})
+        save_checkpoint(tmp_path / "r" / "last.pt", {"a": 1})
     assert (tmp_path / "r" / "last.pt").read_bytes() == good
-    assert not any(is_leftover(file) for file in (tmp_path / "r").iterdir())
+    assert not leftovers(tmp_path / "r")

@@ -42,7 +42,7 @@ def compare(
     Example: hesstrace compare --reg none --reg trace=0.01 --seeds 0,1,2
     """
     if folders:
-        if flags or config:
+        if flags or config is not None:
             raise ConfigError("compare takes folders to tabulate, or settings of runs, not both")
         _tabulate_folders(folders)
         return
@@ -200,7 +200,7 @@ def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict
     """Steps timed side by side in this session; those of an earlier one where nothing was run."""
     import json
 
-    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.files import write_atomically
     from hesstrace_cli.stepcost import step_costs
 
     if not measure:

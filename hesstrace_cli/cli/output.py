@@ -18,7 +18,7 @@ def check_places(json_file: str | None, plot: str | None = None) -> None:
     Raises:
         ConfigError: If there is one, or the plot has no format that can be drawn.
     """
-    from hesstrace_cli.checkpoints import check_writable
+    from hesstrace_cli.files import check_writable
 
     check_writable(json_file)
     check_writable(plot)
@@ -55,7 +55,7 @@ def records_of(
 
 def write_json(content: dict[str, Any], place: str | None) -> bool:
     """Write it, and say whether it took stdout, so that no table may follow."""
-    from hesstrace_cli.checkpoints import write_atomically
+    from hesstrace_cli.files import write_atomically
 
     text = json.dumps(content, indent=2, allow_nan=False)
     if place == "-":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.cli import screen
@@ -22,7 +23,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
 
     Example: hesstrace train --reg trace --lambda 0.01
     """
-    settings = resolve(TrainConfig, _with_stored(flags, config), config or _stored(flags))
+    settings = resolve(TrainConfig, flags, _stored(flags) if config is None else config)
     row = parse_row(settings.reg, settings.lambda_)
     warn_of_unused(settings, with_trace="trace" in row)
 
@@ -59,19 +60,18 @@ def warn_of_unused(settings: TrainConfig, *, with_trace: bool) -> None:
 
 
 def _stored(flags: dict[str, Any]) -> str | None:
-    """The run's own config, where nothing but its folder is given with --resume."""
-    from pathlib import Path
+    """The run's own config, where no setting but its length is given with --resume."""
+    if not (flags.get("resume") or flags.get("resume_or_start")):
+        return None
 
-    if flags.get("resume") and set(flags) <= {"resume", "out", "device", "num_workers"}:
-        file = Path(flags.get("out", "")) / "config.yaml"
-        return str(file) if "out" in flags and file.is_file() else None
-    return None
+    from hesstrace_cli.resume import PLACE
+    from hesstrace_cli.runs import RunFolder, default_folder
 
-
-def _with_stored(flags: dict[str, Any], config: str | None) -> dict[str, Any]:
-    if config is None and _stored(flags) is not None:
-        return {**flags, "resume": True}
-    return flags
+    if set(flags) - {*PLACE, "epochs"}:
+        return None
+    out = flags.get("out")
+    folder = RunFolder(default_folder(TrainConfig()) if out is None else Path(out))
+    return str(folder.settings) if folder.settings.is_file() else None
 
 
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:

@@ -181,6 +181,9 @@ class TrainConfig(DataConfig):
     )
     init: str | None = option(None, "start from the weights of this checkpoint", panel="Output")
     resume: bool = option(False, "go on with the run in --out", panel="Output")
+    resume_or_start: bool = option(
+        False, "go on with the run in --out, or begin it where there is none", panel="Output"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -104,7 +104,7 @@ def _to_number_or_text(kind: str, value: Any) -> Any:
         if isinstance(value, float) and not value.is_integer():
             raise ValueError
         return int(value)
-    if "str" in kind and not isinstance(value, str):
+    if "str" in kind and not (isinstance(value, str) and value):
         raise TypeError
     return value
 

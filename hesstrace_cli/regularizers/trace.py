@@ -33,6 +33,7 @@ from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
+from hesstrace_cli.schedule import ramp
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ class TracePenalty(Regularizer):
 
     def weight(self, progress: float) -> float:
         """Lambda after this share of the run."""
-        warmup = self.config.warmup
-        return self.strength * (min(1.0, progress / warmup) if warmup > 0 else 1.0)
+        return self.strength * ramp(self.config.warmup, progress)
 
     def _is_active(self, index: int, progress: float) -> bool:
         return self.weight(progress) > 0 and index % self.config.every == 0
