@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from hesstrace_cli.files import write_atomically
 from hesstrace_cli.state import FORMAT, checked, is_extra
 
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net", "ema")
+_DOS_FOLDER = 0x10  # among the attributes of a zip file's part
 _DEEPEST = 4  # a dict may hold itself
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and averaged models, of torch.compile
 
@@ -139,18 +141,26 @@ def _check_sums(file: BinaryIO, path: str) -> None:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() or next(filter(_is_called_folder, archive.infolist()), None)
     except Exception as problem:  # zipfile raises many kinds where a field is damaged
         if is_out_of_memory(problem):
             raise
         raise ModelError(f"{path!r} is cut off or damaged: {_short(problem)}") from problem
     if damaged is not None:
-        raise ModelError(f"{path!r} is damaged: the checksum of its part {damaged!r} differs")
+        name = getattr(damaged, "filename", damaged)
+        raise ModelError(f"{path!r} is damaged: its part {name!r} is not what was written")
+
+
+def _is_called_folder(part: zipfile.ZipInfo) -> bool:
+    """Whether its attributes say so and its name does not: torch would read nothing, and go on."""
+    return bool(part.external_attr & _DOS_FOLDER) and not part.is_dir()
 
 
 def _load(file: BinaryIO, path: str, *, is_zip: bool) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         if not is_zip and "GLOBAL" not in str(problem):
             raise ModelError(f"{path!r} is not a checkpoint") from problem
