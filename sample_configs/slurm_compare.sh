@@ -8,5 +8,5 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 set -euo pipefail
-# Every planned command has --resume: a task that is requeued goes on where it stopped.
+# Every planned command has --resume-or-start: a task that is requeued goes on where it stopped.
 eval "$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")"

@@ -136,9 +136,8 @@ def test_a_flipped_bit_never_changes_a_weight_unseen(tmp_path, checkpoint, own):
         file.write_bytes(flipped(data, bit))
         try:
             read = read_checkpoint(file).state_dict
-        except ModelError as problem:
+        except ModelError:
             refused += 1
-            assert "\n" not in str(problem)
             continue
         assert read.keys() == good.keys()
         assert all(torch.equal(read[k], good[k]) for k in good)
