@@ -16,7 +16,7 @@ from hesstrace_cli.curvature.statistics import StratifiedMean
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.evaluation import collapse
 from hesstrace_cli.reporting import tables
-from hesstrace_cli.runs import PLACE
+from hesstrace_cli.resume import PLACE
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 
