@@ -110,7 +110,7 @@ class Found:
 def rayleigh(vector: Tensor, image: Tensor) -> tuple[float, float]:
     """The quotient v^T H v of a unit vector, and its relative residual."""
     value = inner_products(vector[None], image).item()
-    return value, norm(image - value * vector) / abs(value)
+    return value, norm(image - value * vector).item() / abs(value)
 
 
 def ours(H: Counted, like: Tensor, rtol: float, most: int) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,13 +26,15 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
     """
     was_training = model.training
     model.eval()
-    loss = correct = 0.0
+    sums = []
     for X, y in split.batches(batch_size):
         logits = model(X)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += (logits.argmax(1) == y).sum().item()
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums.append(torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()]))
     model.train(was_training)
-    return loss / len(split), correct / len(split)
+    # Summed where they are: a GPU is waited for once.
+    loss_sum, correct = functools.reduce(torch.add, sums).tolist()
+    return loss_sum / len(split), correct / len(split)
 
 
 def finite(number: float | None) -> float | None:
@@ -80,13 +83,15 @@ def calibration_error(model: nn.Module, split: Split, batch_size: int) -> float:
     """
     was_training = model.training
     model.eval()
-    gap = torch.zeros(_BINS, dtype=torch.float64)
+    pairs = []
     for X, y in split.batches(batch_size):
         confidence, predicted = F.softmax(model(X).double(), 1).max(1)
-        surplus = ((predicted == y).double() - confidence).cpu()
-        bins = (confidence.cpu() * _BINS).ceil().long().clamp(1, _BINS) - 1
-        gap.index_add_(0, bins, surplus)
+        pairs.append(torch.stack([confidence, (predicted == y).double() - confidence]))
     model.train(was_training)
+    # On the CPU, where the order of summation is always the same.
+    confidence, surplus = torch.cat(pairs, 1).cpu()
+    bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
+    gap = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, surplus)
     return gap.abs().sum().item() / len(split)
 
 

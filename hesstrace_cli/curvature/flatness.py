@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -39,12 +40,12 @@ class Landscape:
         self.data = data
         self.objective = data.objective
 
-    def loss(self, displacement: Params) -> float:
-        """L(w + d); infinite or NaN where it overflows."""
+    def loss(self, displacement: Params) -> Tensor:
+        """L(w + d), 0-dim and in float64; infinite or NaN where it overflows."""
         with torch.no_grad():
             return self._sum(self._moved(displacement), None)
 
-    def gradient(self, displacement: Params) -> tuple[float, dict[str, Tensor]]:
+    def gradient(self, displacement: Params) -> tuple[Tensor, dict[str, Tensor]]:
         """L(w + d) and its gradient."""
         params = {n: p.detach().requires_grad_() for n, p in self._moved(displacement).items()}
         total = {n: torch.zeros_like(p) for n, p in params.items()}
@@ -55,13 +56,14 @@ class Landscape:
         return {n: p.detach() + displacement[n] if n in displacement else p.detach()
                 for n, p in params.items()}  # fmt: skip
 
-    def _sum(self, params: Params, total: dict[str, Tensor] | None) -> float:
-        value = 0.0
+    def _sum(self, params: Params, total: dict[str, Tensor] | None) -> Tensor:
+        device = next(iter(params.values())).device
+        value = torch.zeros((), dtype=torch.float64, device=device)
         objective = self.objective
         for batch in self.data:
             outputs = call_as_it_is(objective.model, batch.X, params)
             loss = objective.task.loss(outputs, batch.y)
-            value += batch.share * loss.item()
+            value += batch.share * loss.detach().double()
             if total is not None:
                 for name, grad in gradient(loss, params).items():
                     total[name] += batch.share * grad
@@ -70,7 +72,7 @@ class Landscape:
 
 def at_distance_one(
     direction: Params, params: Params, *, normalized: bool
-) -> dict[str, Tensor] | None:
+) -> tuple[dict[str, Tensor], Tensor]:
     """The displacement in a direction, at distance 1 from w.
 
     Args:
@@ -79,11 +81,12 @@ def at_distance_one(
         normalized: Whether by filter.
 
     Returns:
-        None where the direction has no length, or none that is finite.
+        The displacement, and whether the direction has a length, and one that is finite: 0-dim.
     """
     if not normalized:
-        size = math.sqrt(sum(t.double().square().sum().item() for t in direction.values()))
-        return _times(direction, 1 / size) if math.isfinite(size) and size > 0 else None
+        squares = [t.double().square().sum() for t in direction.values()]
+        size = functools.reduce(torch.add, squares).sqrt()
+        return _times(direction, 1 / size), size.isfinite() & (size > 0)
     moved = {
         n: direction[n]
         * (
@@ -93,8 +96,11 @@ def at_distance_one(
         for n, p in params.items()
         if p.dim() > 1
     }
-    finite = all(bool(t.isfinite().all()) for t in moved.values())
-    return moved if finite and any(bool(t.any()) for t in moved.values()) else None
+    device = next(iter(params.values())).device
+    finite, nonzero = torch.ones((), device=device).bool(), torch.zeros((), device=device).bool()
+    for t in moved.values():
+        finite, nonzero = finite & t.isfinite().all(), nonzero | t.any()
+    return moved, finite & nonzero
 
 
 def _filter_norm(tensor: Tensor) -> Tensor:
@@ -114,13 +120,13 @@ def random_direction(
         generator: Source of all randomness.
 
     Returns:
-        By name; empty where no parameter has filters, or all are zero.
+        By name; without those that have no filters, 0 where these are.
     """
     draws = {
         n: torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
         for n, p in params.items()
     }
-    return at_distance_one(draws, params, normalized=normalized) or {}
+    return at_distance_one(draws, params, normalized=normalized)[0]
 
 
 def average_sharpness(
@@ -143,8 +149,8 @@ def average_sharpness(
     for _ in range(num_directions):
         d = random_direction(params, normalized=normalized, generator=generator)
         ends = [landscape.loss(_times(d, sign * radius)) for sign in (1, -1)]
-        rises.append(sum(ends) / 2 - here)
-    return means(torch.tensor(rises, dtype=torch.float64)[:, None])[0]
+        rises.append((ends[0] + ends[1]) / 2 - here)
+    return means(torch.stack(rises).cpu()[:, None])[0]
 
 
 def worst_sharpness(
@@ -164,19 +170,19 @@ def worst_sharpness(
         generator: Source of the random start.
     """
     params = landscape.objective.params
-    here, highest = landscape.loss({}), -math.inf
-    d: dict[str, Tensor] | None = random_direction(
-        params, normalized=normalized, generator=generator
-    )
+    here, highest, goes_on = landscape.loss({}).item(), -math.inf, True
+    d = random_direction(params, normalized=normalized, generator=generator)
     for _ in range(steps):
-        if d is None:
-            break
-        height, grad = landscape.gradient(_times(d, radius))
+        reached, grad = landscape.gradient(_times(d, radius))
+        d, has_length = at_distance_one(grad, params, normalized=normalized)
+        height, goes_on = torch.stack([reached, has_length.double()]).tolist()  # one wait
         if not math.isfinite(height):
             return math.inf
         highest = max(highest, height)
-        d = at_distance_one(grad, params, normalized=normalized)
-    return max(highest, here if d is None else landscape.loss(_times(d, radius))) - here
+        if not goes_on:
+            break
+    last = landscape.loss(_times(d, radius)).item() if goes_on else here
+    return max(highest, last) - here
 
 
 def slice_losses(
@@ -184,13 +190,18 @@ def slice_losses(
 ) -> list[float] | list[list[float]]:
     """L(w + a d) for a in the grid, or L(w + a d_1 + b d_2), rows by a and columns by b."""
     if len(directions) == 1:
-        return [landscape.loss(_times(directions[0], a)) for a in grid]
+        line = [landscape.loss(_times(directions[0], a)) for a in grid]
+        losses: list[float] = torch.stack(line).tolist()
+        return losses
     first, second = directions
-    return [
-        [landscape.loss({n: a * first[n] + b * second[n] for n in first}) for b in grid]
+    rows = [
+        torch.stack([landscape.loss({n: a * first[n] + b * second[n] for n in first})
+                     for b in grid])
         for a in grid
-    ]
+    ]  # fmt: skip
+    plane: list[list[float]] = torch.stack(rows).tolist()
+    return plane
 
 
-def _times(tensors: Params, factor: float) -> dict[str, Tensor]:
+def _times(tensors: Params, factor: float | Tensor) -> dict[str, Tensor]:
     return {n: factor * t for n, t in tensors.items()}

@@ -22,9 +22,13 @@ def inner_products(V: Tensor, w: Tensor) -> Tensor:
     return torch.stack([a.double() @ b.double() for a, b in chunks]).sum(0)
 
 
-def norm(v: Tensor) -> float:
-    """||v||_2, summed in float64."""
-    return inner_products(v[None], v).sqrt().item()
+def norm(v: Tensor) -> Tensor:
+    """||v||_2, summed in float64; 0-dim."""
+    return inner_products(v[None], v)[0].sqrt()
+
+
+_UNWAITED = 8
+"""Products between two looks at the results, for each of which a GPU has to be waited for."""
 
 
 class Krylov:
@@ -58,24 +62,35 @@ class Krylov:
 
     def extend(self, steps: int) -> None:
         """Take so many products more; fewer where the space turns out to be invariant."""
-        for _ in range(steps):
-            if self.closed:
-                return
-            V = self.basis
-            w = (self.matrix @ V[-1][:, None])[:, 0]
-            alpha = inner_products(V[-1:], w).item()
-            for _ in range(2):  # twice is enough
-                w = w - inner_products(V, w).to(w) @ V
-            beta = norm(w)
+        steps = min(steps, self._rows.shape[1] - len(self.alphas))
+        while steps > 0 and not self.closed:
+            self._look(torch.stack([self._product() for _ in range(min(steps, _UNWAITED))]))
+            steps -= _UNWAITED
+
+    def _product(self) -> Tensor:
+        """Take one more; the next alpha and beta."""
+        V = self.basis
+        w = (self.matrix @ V[-1][:, None])[:, 0]
+        alpha = inner_products(V[-1:], w)[0]
+        for _ in range(2):  # twice is enough
+            w = w - inner_products(V, w).to(w) @ V
+        beta = norm(w)
+        self._append(w / beta)
+        return torch.stack([alpha, beta])
+
+    def _look(self, pairs: Tensor) -> None:
+        """Note alphas and betas, up to the one at which the space is invariant."""
+        length = self._rows.shape[1]
+        for alpha, beta in pairs.tolist():
             self.alphas.append(alpha)
             self.betas.append(beta)
             size = max(*map(abs, self.alphas), *self.betas[:-1], 1e-300)
-            tiny = size * len(w) ** 0.5 * torch.finfo(w.dtype).eps
-            if beta <= tiny or len(self.alphas) == len(w):
+            tiny = size * length**0.5 * torch.finfo(self._rows.dtype).eps
+            if beta <= tiny or len(self.alphas) == length:
                 self.betas[-1] = 0.0
                 self.closed = True
+                self._count = len(self.alphas)  # what came after is of no space
                 return
-            self._append(w / beta)
 
     def _append(self, v: Tensor) -> None:
         if self._count == len(self._rows):

@@ -65,10 +65,11 @@ def draw_keep(
         if scheme == "block":
             drawn = (drawn[0] + torch.arange(kept, device=drawn.device)) % len(names)
         names = [names[i] for i in sorted(drawn.tolist())]
-    return {
-        name: torch.tensor(inclusion**-0.5, dtype=params[name].dtype, device=params[name].device)
-        for name in names
-    }
+    # One factor for all, and none that is copied from the CPU, for which a GPU would be waited.
+    kinds = {(params[name].dtype, params[name].device) for name in names}
+    factors = {kind: torch.full((), inclusion**-0.5, dtype=kind[0], device=kind[1])
+               for kind in kinds}  # fmt: skip
+    return {name: factors[params[name].dtype, params[name].device] for name in names}
 
 
 def _kept_entries(like: Tensor, keep_prob: float, generator: Generator) -> Tensor:

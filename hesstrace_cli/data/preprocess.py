@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,9 +46,15 @@ class Preprocess:
                 f"--mean and --std have {len(values)} values, expected 1 or {inputs.shape[1]}, "
                 "one a channel"
             )
-        column = torch.tensor(values, dtype=inputs.dtype, device=inputs.device)
+        column = _on_device(tuple(values), inputs.dtype, inputs.device)
         return column.reshape(1, -1, *([1] * (inputs.dim() - 2)))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a checkpoint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once, as every copy to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -94,12 +94,16 @@ class TensorSplit:
 
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and labels, batch by batch, in order."""
-        return self.parts(torch.arange(len(self)).split(batch_size)[first::stride])
+        rows = torch.arange(len(self), device=self.labels.device)
+        return self.parts(rows.split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
         """Inputs and labels of the examples at each of the given indices."""
-        for chosen in indices:
-            chosen = chosen.to(self.labels.device)
+        if not indices:
+            return
+        # All at once, as every copy to a GPU waits for it.
+        rows = torch.cat(list(indices)).to(self.labels.device)
+        for chosen in rows.split([len(part) for part in indices]):
             yield self.preprocess(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 

@@ -134,7 +134,9 @@ class TracePenalty(Regularizer):
                 params, scheme=self.scheme, keep_prob=self.config.keep_prob, generator=generator
             )
             like = logits.new_empty((part.num_examples, logits.shape[1]))
-            signs = rademacher(like, generator=generator)[part.rows]
+            signs = rademacher(like, generator=generator)
+            if not part.is_whole:
+                signs = signs[part.rows.to(signs.device, non_blocking=True)]
             if part.share == 0:
                 signs = torch.zeros_like(signs)
             cotangent = step.objective.task.root(logits, step.targets, signs)
