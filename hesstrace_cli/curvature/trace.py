@@ -77,8 +77,7 @@ class TraceEstimate:
 
 def quadratic_samples(parts: Params, probe: Params, names: Iterable[str]) -> Tensor:
     """v_t^T (H v)_t for each tensor t of `names`, shape (T,); zero where v_t was dropped."""
-    zero = torch.zeros((), dtype=next(iter(probe.values())).dtype)
-    zero = zero.to(next(iter(probe.values())).device)
+    zero = next(iter(probe.values())).new_zeros(())
     return torch.stack(
         [(parts[n] * probe[n]).sum() if n in probe else zero for n in names]
     ).detach()
