@@ -90,7 +90,7 @@ def trained(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> nn.
         steps = arguments.epochs * math.ceil(len(split) / 50)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in range(arguments.epochs):
-            for X, y in split.batches(50, torch.randperm(len(split))):
+            for X, y in split.parts(torch.randperm(len(split)).split(50)):
                 optimizer.zero_grad()
                 F.cross_entropy(model(X), y).backward()
                 optimizer.step()
@@ -117,13 +117,13 @@ def computed_truth(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     matrix = CurvatureMatrix(data, "hessian")
     like = next(iter(data.objective.params.values()))
     generator = torch.Generator(like.device).manual_seed(1)
-    estimates = xtrace(
+    total, *_ = xtrace(
         matrix, like, matrix.sizes, num_products=arguments.truth_products, generator=generator
-    ).sum(1)
+    )
     loss, accuracy = evaluate(model, split, 256)
     return {
-        "trace": estimates.mean().item(),
-        "stderr": (estimates.std() / len(estimates) ** 0.5).item(),
+        "trace": total.value,
+        "stderr": total.stderr,
         "loss": loss,
         "accuracy": accuracy,
         "num_parameters": matrix.size,
@@ -139,9 +139,11 @@ def ours(flags: dict[str, Any]) -> Callable[..., dict[str, Any]]:
         result = estimate(model, split, config)
         seconds = time.perf_counter() - begin
         total = result.result.total
+        interval = total.interval()
+        assert total.stderr is not None
+        assert interval is not None
         error = total.stderr / abs(total.value)
         factor = max(1.0, (error / RTOL) ** 2)  # where --seconds ended it before
-        low, high = total.interval()
         return {
             "method": result.method,
             "seconds": seconds * factor,
@@ -150,7 +152,7 @@ def ours(flags: dict[str, Any]) -> Callable[..., dict[str, Any]]:
             "error": error / math.sqrt(factor),
             "extrapolated": factor > 1,
             "estimate": total.value,
-            "interval": [low, high],
+            "interval": interval,
         }  # fmt: skip
 
     return measure
@@ -192,11 +194,11 @@ def interpolated(draw: Callable[[int, int], float], truth: float, repeats: int) 
     logs = [(math.log(m), math.log(max(e, 1e-9))) for m, e in zip(PRODUCTS, errors, strict=True)]
     slope = (logs[-1][1] - logs[0][1]) / (logs[-1][0] - logs[0][0])
     middle = [statistics.fmean(column) for column in zip(*logs, strict=True)]
-    products = math.exp(middle[0] + (math.log(RTOL) - middle[1]) / slope)
+    needed = math.exp(middle[0] + (math.log(RTOL) - middle[1]) / slope)
     per_product = seconds[-1] / PRODUCTS[-1]
     return {
-        "passes": products,
-        "seconds": products * per_product,
+        "passes": needed,
+        "seconds": needed * per_product,
         "error": RTOL,
         "errors": dict(zip(PRODUCTS, errors, strict=True)),
         "extrapolated": True,

@@ -20,7 +20,7 @@ from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
-from hesstrace_cli.curvature.statistics import Mean, means
+from hesstrace_cli.curvature.statistics import Mean
 from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split
@@ -36,6 +36,7 @@ _DEFAULT_RTOL = 0.05
 _DEFAULT_PRODUCTS = 12
 _EXAMPLES_TO_TRY = 8  # to see what the model executes
 SKETCHES = {"hutch++": hutchpp, "xtrace": xtrace}
+LEAST_DEGREES = 5.0  # twice the products between two looks at the interval, so that few do
 _LEAST_PRODUCTS = {"hutch++": 3, "xtrace": 4}
 
 OnPass = Callable[[int, Mean], None]
@@ -144,6 +145,7 @@ def estimate(
             stop=_stop(config),
             generator=generator,
             exact=method.exact,
+            inclusion=method.inclusion,
             on_pass=on_pass,
         )
         return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
@@ -181,14 +183,16 @@ def _by_sketch(
         )
     while True:
         like = next(iter(params.values()))
-        samples = draw(matrix, like, matrix.sizes, num_products=num_products, generator=generator)
+        total, *parts = draw(
+            matrix, like, matrix.sizes, num_products=num_products, generator=generator
+        )
         passes += num_products
-        total, *parts = means(torch.cat([samples.sum(1, keepdim=True), samples], 1))
         if not math.isfinite(total.value):
             raise NumericsError(f"the trace estimate is {total.value}")
         if on_pass is not None:
             on_pass(passes, total)
-        if ranks.from_first(stop.reached(total, passes + num_products, time.monotonic() - begin)):
+        seconds = time.monotonic() - begin
+        if ranks.from_first(stop.reached(total, passes + num_products, seconds, LEAST_DEGREES)):
             names = dict(zip(params, parts, strict=True))
             whole = TraceEstimate(total, names, passes, None)
             return Estimated(whole, config.method, "as asked for", num_products)

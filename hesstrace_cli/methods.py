@@ -12,7 +12,7 @@ from hesstrace_cli.curvature.exact import PerExampleTrace
 from hesstrace_cli.curvature.linearity import why_not_linear
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.curvature.per_example import MixedExamples
-from hesstrace_cli.curvature.probes import Scheme
+from hesstrace_cli.curvature.probes import Scheme, inclusion
 from hesstrace_cli.curvature.trace import (
     Sampler,
     control_variate_sampler,
@@ -43,12 +43,14 @@ class Method:
         reason: One clause that says why.
         sampler: Draws its samples on a batch.
         exact: Whether they have no error.
+        inclusion: The probability with which a probe includes each weight.
     """
 
     name: str
     reason: str
     sampler: Sampler
     exact: bool = False
+    inclusion: float = 1.0
 
 
 def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Method:
@@ -67,7 +69,9 @@ def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Me
         if config.method == "dropout":
             scheme = cast(Scheme, config.dropout_scheme)
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
-        return Method(config.method, "as asked for", make(objective, scheme, config.keep_prob))
+        sampler = make(objective, scheme, config.keep_prob)
+        included = inclusion(objective.params, scheme, config.keep_prob)
+        return Method(config.method, "as asked for", sampler, inclusion=included)
     per_example = _per_example(objective, X)
     problem = None
     if config.curvature == "hessian":

@@ -7,12 +7,13 @@ from torch import Generator, Tensor
 
 from hesstrace_cli.curvature.operator import Matrix, block_products
 from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.statistics import Mean, means
 
 
 def hutchpp(
     matrix: Matrix, like: Tensor, sizes: list[int], *, num_products: int, generator: Generator
-) -> Tensor:
-    """Samples of the traces of a symmetric matrix's diagonal blocks.
+) -> list[Mean]:
+    """Estimate the trace of a symmetric matrix and those of its diagonal blocks.
 
         tr(A) ~ tr(Q^T A Q) + (3/m) tr(G^T (I - Q Q^T) A (I - Q Q^T) G),   Q = orth(A S)
 
@@ -26,8 +27,8 @@ def hutchpp(
         generator: Source of all randomness.
 
     Returns:
-        Shape (m/3, T): a sample for each column of G, whose mean is the estimate. Given Q they
-        are independent, so that their spread tells the error.
+        T + 1 means: the trace and those of the blocks. Every column of G gives a sample; given Q
+        they are independent, so that their spread tells the error.
 
     Source:
         Meyer, Musco, Musco, Woodruff, "Hutch++: optimal stochastic trace estimation", 2021,
@@ -45,4 +46,5 @@ def hutchpp(
     products = matrix @ torch.cat([Q, G], 1).to(like.dtype)
     sketched = block_products(Q, products[:, : Q.shape[1]], sizes).sum(1)
     rest = block_products(G, products[:, Q.shape[1] :], sizes)
-    return (sketched[:, None] + rest).mT
+    samples = (sketched[:, None] + rest).mT
+    return means(torch.cat([samples.sum(1, keepdim=True), samples], 1))

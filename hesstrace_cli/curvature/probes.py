@@ -28,6 +28,15 @@ def num_kept(num_tensors: int, keep_prob: float) -> int:
     return max(1, round(keep_prob * num_tensors))
 
 
+def inclusion(params: Params, scheme: Scheme, keep_prob: float) -> float:
+    """The probability with which `draw_keep` includes each entry."""
+    if scheme == "none":
+        return 1.0
+    if scheme == "entry":
+        return keep_prob
+    return num_kept(len(params), keep_prob) / len(params)
+
+
 def draw_keep(
     params: Params, *, scheme: Scheme, keep_prob: float, generator: Generator
 ) -> dict[str, Tensor]:
@@ -56,10 +65,9 @@ def draw_keep(
     if scheme == "entry":
         return {name: _kept_entries(p, keep_prob, generator) for name, p in params.items()}
     names: Sequence[str] = list(params)
-    inclusion = 1.0
+    scale = inclusion(params, scheme, keep_prob) ** -0.5
     if scheme in ("tensor", "block"):
         kept = num_kept(len(names), keep_prob)
-        inclusion = kept / len(names)
         # On the generator's device; sorted, so that the order of work is the model's own.
         drawn = torch.randperm(len(names), generator=generator, device=generator.device)[:kept]
         if scheme == "block":
@@ -67,7 +75,7 @@ def draw_keep(
         names = [names[i] for i in sorted(drawn.tolist())]
     # One factor for all, and none that is copied from the CPU, for which a GPU would be waited.
     kinds = {(params[name].dtype, params[name].device) for name in names}
-    factors = {kind: torch.full((), inclusion**-0.5, dtype=kind[0], device=kind[1])
+    factors = {kind: torch.full((), scale, dtype=kind[0], device=kind[1])
                for kind in kinds}  # fmt: skip
     return {name: factors[params[name].dtype, params[name].device] for name in names}
 

@@ -17,7 +17,7 @@ class Mean:
     Attributes:
         value: The estimate.
         stderr: Its standard error; 0 where it is exact, None where it is not known.
-        degrees: Degrees of freedom of the standard error (Welch and Satterthwaite).
+        degrees: Degrees of freedom that its interval takes.
     """
 
     value: float
@@ -37,12 +37,21 @@ def t_quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
+COUNTED = 0.5
+"""Of the degrees of freedom of a spread, those that count.
+
+Quadratic forms in random signs are no normal variables: they are skewed, and low where their
+spread is low. With half of the degrees the intervals of few samples hold the truth in 95 of 100
+cases, with all of them in 92 (`benchmarks/coverage.py`); of many samples they are the same.
+"""
+
+
 def means(samples: Tensor) -> list[Mean]:
     """The means and standard errors of the columns of independent samples, shape (n, K)."""
     n = len(samples)
     values = samples.mean(0).tolist()
     errors = (samples.std(0) / math.sqrt(n)).tolist() if n > 1 else [None] * len(values)
-    return [Mean(v, e, n - 1) for v, e in zip(values, errors, strict=True)]
+    return [Mean(v, e, COUNTED * (n - 1)) for v, e in zip(values, errors, strict=True)]
 
 
 @dataclass
@@ -65,15 +74,21 @@ class Stratum:
 class StratifiedMean:
     """The sum of weighted stratum means, sum_b w_b mean_b, for vectors of K quantities.
 
+    The first quantity is the whole, the others are its parts.
+
     Its variance is sum_b w_b^2 s_b^2 / n_b, with s_b^2 the variance *within* stratum b: the
     differences between the strata are no error, as every stratum is in every pass. A batch is
     one stratum, or as many as it has examples, which then share its weight.
 
     Attributes:
         exact: Whether a sample has no error, so that one a stratum is enough.
+        inclusion: The probability with which a sample includes each weight. Samples without the
+            heaviest ones have little spread, so that no more than this share of the degrees of
+            freedom (Welch and Satterthwaite) counts, nor more than `COUNTED`.
     """
 
     exact: bool = False
+    inclusion: float = 1.0
     batches: dict[int, Stratum] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
 
@@ -104,11 +119,13 @@ class StratifiedMean:
             variance += part.sum(0)
             quartic += part.square().sum(0) / (s.count - 1)
         degrees = torch.where(quartic > 0, variance.square() / quartic, math.inf)
+        degrees *= min(COUNTED, self.inclusion)
+        errors: list[float | None] = variance.sqrt().tolist()
+        if self.inclusion < 1:  # no spread of a part says that it has never been kept
+            errors = errors[:1] + [error or None for error in errors[1:]]
         return [
-            Mean(value, math.sqrt(var), df)
-            for value, var, df in zip(
-                values.tolist(), variance.tolist(), degrees.tolist(), strict=True
-            )
+            Mean(value, error, df)
+            for value, error, df in zip(values.tolist(), errors, degrees.tolist(), strict=True)
         ]
 
     def subset_stderr(self, population: int, size: int) -> float | None:

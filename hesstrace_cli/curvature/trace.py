@@ -47,12 +47,14 @@ class Stop:
     max_passes: int = 100
     max_seconds: float = float("inf")
 
-    def reached(self, total: Mean, passes: int, seconds: float) -> bool:
+    def reached(
+        self, total: Mean, passes: int, seconds: float, min_degrees: float = MIN_DEGREES
+    ) -> bool:
         """Whether the estimate after these passes is good enough, or has to be."""
         if self.rtol is None or passes >= self.max_passes or seconds >= self.max_seconds:
             return True
         interval = total.interval()
-        if interval is None or total.degrees < MIN_DEGREES:
+        if interval is None or total.degrees < min_degrees:
             return False
         half_width = (interval[1] - interval[0]) / 2
         return half_width <= max(self.atol, self.rtol * abs(total.value))
@@ -199,6 +201,7 @@ def estimate_trace(
     stop: Stop,
     generator: Generator,
     exact: bool = False,
+    inclusion: float = 1.0,
     on_pass: Callable[[int, Mean], None] | None = None,
 ) -> TraceEstimate:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
@@ -211,12 +214,13 @@ def estimate_trace(
         stop: The stopping rule.
         generator: Source of all randomness; with several processes another for each.
         exact: Whether the samples have no error: one pass is then all.
+        inclusion: The probability with which a probe includes each weight.
         on_pass: Told the number of passes done and the estimate so far.
 
     Raises:
         NumericsError: If a sample is not finite.
     """
-    running, ranks = StratifiedMean(exact), data.ranks
+    running, ranks = StratifiedMean(exact, inclusion), data.ranks
     begin = time.monotonic()
     passes = 0
 

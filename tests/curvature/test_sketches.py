@@ -10,7 +10,7 @@ from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
-from hesstrace_cli.curvature.xtrace import xtrace
+from hesstrace_cli.curvature.xtrace import left_out, xtrace
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -41,39 +41,54 @@ def literal_hutchpp(A, m, g):
 
 
 def literal_xtrace(A, m, g):
-    W = rademacher(torch.empty(len(A), m // 2, dtype=A.dtype), generator=g)
-    estimates = []
-    for i in range(m // 2):
-        others = torch.cat([W[:, :i], W[:, i + 1 :]], 1)
-        Q = torch.linalg.qr(A @ others).Q
+    """The t_i, and t_i - t_i|j, for each block and, first, the whole."""
+    k = m // 2
+    W = rademacher(torch.empty(len(A), k, dtype=A.dtype), generator=g)
+
+    def estimate(i, *dropped):
+        Q = torch.linalg.qr(A @ W[:, [c for c in range(k) if c not in dropped]]).Q
         w = W[:, i] - Q @ (Q.T @ W[:, i])
-        estimates.append((Q.T @ A @ Q).trace() + w @ A @ w)
-    return torch.stack(estimates)
+        diagonal = (Q * (A @ Q)).sum(1) + w * (A @ w)
+        return torch.stack([diagonal.sum(), *(part.sum() for part in diagonal.split(SIZES))])
+
+    t = torch.stack([estimate(i, i) for i in range(k)])
+    d = torch.stack([torch.stack([t[i] - estimate(i, i, j) for j in range(k)]) for i in range(k)])
+    return t, d
 
 
 @pytest.mark.parametrize("m", [3, 12, 33])
 def test_hutchpp_is_the_paper(m):
     A = indefinite()
-    samples = hutchpp(A, LIKE, SIZES, num_products=m, generator=generator(1))
-    assert samples.shape == (m // 3, 3)
-    torch.testing.assert_close(samples.sum(1).mean(), literal_hutchpp(A, m, generator(1)))
+    total, *parts = hutchpp(A, LIKE, SIZES, num_products=m, generator=generator(1))
+    assert total.value == pytest.approx(literal_hutchpp(A, m, generator(1)).item())
+    assert total.value == pytest.approx(sum(part.value for part in parts))
 
 
 @pytest.mark.parametrize("m", [4, 12, 33])
 def test_xtrace_is_the_paper(m):
     A = indefinite()
-    estimates = xtrace(A, LIKE, SIZES, num_products=m, generator=generator(1))
-    torch.testing.assert_close(estimates.sum(1), literal_xtrace(A, m, generator(1)))
+    t, d = left_out(A, LIKE, SIZES, num_products=m, generator=generator(1))
+    literal = literal_xtrace(A, m, generator(1))
+    torch.testing.assert_close((t, d), literal, rtol=1e-10, atol=1e-12)
+    found = xtrace(A, LIKE, SIZES, num_products=m, generator=generator(1))
+    assert [mean.value for mean in found] == pytest.approx(literal[0].mean(0).tolist())
+
+
+def test_xtraces_error_is_that_of_repetitions():
+    """The mean of its variances over many draws is the variance of its values."""
+    A = indefinite(decay=1.0)
+    draws = [xtrace(A, LIKE, SIZES, num_products=12, generator=generator(s)) for s in range(1500)]
+    values = torch.tensor([[mean.value for mean in draw] for draw in draws])
+    variances = torch.tensor([[mean.stderr**2 for mean in draw] for draw in draws])
+    assert ((variances.mean(0) / values.var(0) - 1).abs() < 0.25).all()
 
 
 @pytest.mark.parametrize("method", [hutchpp, xtrace])
 def test_blocks_are_unbiased(method):
     A = indefinite(decay=0.5)
     truth = torch.stack([block.sum() for block in A.diagonal().split(SIZES)])
-    means = torch.stack([
-        method(A, LIKE, SIZES, num_products=9, generator=generator(seed)).mean(0)
-        for seed in range(1500)
-    ])  # fmt: skip
+    draws = [method(A, LIKE, SIZES, num_products=9, generator=generator(s)) for s in range(1500)]
+    means = torch.tensor([[mean.value for mean in draw[1:]] for draw in draws]).double()
     error = means.std(0) / len(means) ** 0.5
     assert ((means.mean(0) - truth).abs() < 4 * error).all()
 
@@ -83,8 +98,9 @@ def test_blocks_are_unbiased(method):
 def test_low_rank_is_exact(method, rank):
     A = torch.randn(sum(SIZES), rank, generator=generator(), dtype=torch.float64)
     A = A @ A.mT
-    estimates = method(A, LIKE, SIZES, num_products=15, generator=generator(2)).sum(1)
-    torch.testing.assert_close(estimates, A.trace().expand_as(estimates), atol=1e-9, rtol=1e-9)
+    total, *_ = method(A, LIKE, SIZES, num_products=15, generator=generator(2))
+    assert total.value == pytest.approx(A.trace().item(), rel=1e-9, abs=1e-9)
+    assert total.stderr < 1e-9
 
 
 @pytest.mark.parametrize("method", [hutchpp, xtrace])
