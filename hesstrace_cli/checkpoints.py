@@ -79,7 +79,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise ModelError(f"{str(path)!r} is damaged: {problem}") from problem
     weights, note = _find_weights(content, str(path))
     epoch = content.get("epoch")
-    said = {"epoch": epoch} if isinstance(epoch, int) else {}
+    counts = type(epoch) is int and 0 <= epoch < 2**31
+    said = {"epoch": epoch} if counts else {}
     try:
         return Checkpoint(check_tensors(weights), said, note)
     except ModelError as problem:

@@ -19,6 +19,7 @@ from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_na
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.files import write_atomically
+from hesstrace_cli.records import read_chosen, read_diverged, read_planned
 from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.resume import PLACE
 from hesstrace_cli.runs import RunFolder
@@ -63,8 +64,7 @@ def collect(folder: Path) -> Found:
     Raises:
         ConfigError: If none is finished.
     """
-    chosen = folder / CHOSEN
-    names = json.loads(chosen.read_text()) if chosen.is_file() else None
+    names = read_chosen(folder / CHOSEN)
 
     def folders(name: str) -> list[Path]:
         found = sorted(file.parent for file in folder.glob(f"**/{name}"))
@@ -78,13 +78,13 @@ def collect(folder: Path) -> Found:
         if (summary := RunFolder(run).summary()) is not None
     ]
     diverged = [
-        {**json.loads((run / "diverged.json").read_text()), "folder": str(run)}
+        {**read_diverged(run / "diverged.json"), "folder": str(run)}
         for run in folders("diverged.json")
     ]
     ended = {run["folder"] for run in [*finished, *diverged]}
     begun = {str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended}
     for file in folder.glob(f"**/{PLANNED}"):
-        for name, run in json.loads(file.read_text()).items():
+        for name, run in read_planned(file).items():
             place = str(file.parent / name)
             if place not in ended and (names is None or Path(name).name in names):
                 begun.setdefault(place, run)

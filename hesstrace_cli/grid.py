@@ -19,6 +19,7 @@ from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.files import write_atomically
 from hesstrace_cli.locks import FolderLock
+from hesstrace_cli.records import read_diverged
 from hesstrace_cli.runs import RunFolder, default_folder
 
 _OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
@@ -78,7 +79,7 @@ def plan(config: CompareConfig) -> list[PlannedRun]:
     """The runs of the grid: for a seed, every row has the same initial weights and data order."""
     own = {item.name for item in dataclasses.fields(TrainConfig)}
     common = {k: getattr(config, k) for k in own - _OF_A_RUN}
-    return [
+    runs = [
         _planned(config, {**common, "dataset": dataset, "model": model}, entry, row, seed)
         for dataset in config.dataset.split(",")
         for model in config.model.split(",")
@@ -86,6 +87,19 @@ def plan(config: CompareConfig) -> list[PlannedRun]:
         for entry, candidates in enumerate(config.candidates())
         for row in candidates
     ]
+    places: dict[str | None, PlannedRun] = {}
+    for run in runs:
+        other = places.setdefault(run.config.out, run)
+        if other is not run:
+            raise ConfigError(
+                f"two runs would go to {run.config.out!r}: {_label(other)} and {_label(run)}; "
+                "rename one of their files"
+            )
+    return runs
+
+
+def _label(run: PlannedRun) -> str:
+    return f"{run.config.dataset} {run.config.model} {run.regularizer}"
 
 
 def _planned(
@@ -156,7 +170,7 @@ def results(runs: Sequence[PlannedRun]) -> Found:
         for run in runs
         if (summary := run.folder.summary()) is not None
     ]
-    diverged = [json.loads(r.diverged.read_text()) for r in runs if r.diverged.is_file()]
+    diverged = [read_diverged(run.diverged) for run in runs if run.diverged.is_file()]
     return Found(finished, diverged, [])
 
 

@@ -153,24 +153,14 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     """
     X, _ = next(data.test.batches(2))
     was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            logits = model(X)
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
-        if is_of_the_machine(problem):
-            raise
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(
-            f"model {name!r} does not take inputs of shape {data.in_shape}: {reason}"
-        ) from problem
+        logits = _try(model.eval(), X, name, "eval mode")
     finally:
         model.train(was_training)
-    _check_output(logits, name, "eval mode")
-    if logits.dim() != 2 or logits.shape[1] < data.num_classes:
+    if logits.dim() != 2 or len(logits) != len(X) or logits.shape[1] < data.num_classes:
         raise ModelError(
-            f"model {name!r} gives outputs of shape {tuple(logits.shape[1:])}, expected "
-            f"({data.num_classes},), a logit for each class of {data.name}"
+            f"model {name!r} gives outputs of shape {tuple(logits.shape)} for {len(X)} examples, "
+            f"expected ({len(X)}, {data.num_classes}), a logit for each class of {data.name}"
         )
     return logits.shape[1]
 
@@ -179,14 +169,34 @@ def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
     """Try the model in training mode, in which some give more than logits.
 
     Raises:
-        ModelError: If what it gives is no tensor.
+        ModelError: If it does not take them, or what it gives is no tensor of logits.
     """
     X, _ = next(data.train.batches(2))
     if len(X) < 2:
         return
     devices = [X.device] if X.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        _check_output(call_as_it_is(model.train(), X), name, "training mode")
+    with torch.random.fork_rng(devices=devices):
+        _try(model.train(), X, name, "training mode")
+
+
+def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
+    """The outputs of a model in its present mode.
+
+    Raises:
+        ModelError: If it does not take the inputs, or what it gives is no tensor of logits.
+    """
+    try:
+        with torch.enable_grad():
+            logits = call_as_it_is(model, X)
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
+        if is_of_the_machine(problem):
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model {name!r} does not take inputs of shape {tuple(X.shape[1:])}: {reason}"
+        ) from problem
+    _check_output(logits, name, mode)
+    return logits
 
 
 def _check_output(output: object, name: str, mode: str) -> None:
@@ -194,6 +204,16 @@ def _check_output(output: object, name: str, mode: str) -> None:
         raise ModelError(
             f"model {name!r} gives a {type(output).__name__} in {mode}, expected a tensor of "
             "logits (N, C); torchvision's auxiliary outputs: --model-arg aux_logits=false"
+        )
+    if not output.is_floating_point() or output.layout is not torch.strided:
+        kind = str(output.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"model {name!r} gives a tensor of {kind} in {mode}, expected logits in floating point"
+        )
+    if not output.requires_grad:
+        raise ModelError(
+            f"the outputs of model {name!r} have no gradient in {mode}: it detaches them, computes "
+            "without gradients, or has no trainable parameter"
         )
 
 

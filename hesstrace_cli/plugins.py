@@ -7,12 +7,17 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hesstrace_cli.config import did_you_mean
 from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.paths import is_file
+
+_NAMED = 20  # names of a module, in an error
 
 
 def is_factory(spec: str) -> bool:
@@ -34,16 +39,38 @@ def load_factory(spec: str, error: type[HesstraceError]) -> Callable[..., Any]:
     where, _, name = spec.rpartition(":")
     if not where or (where.startswith(".") and not where.endswith(".py")):
         raise error(f"{spec!r} is no factory, expected FILE.py:factory or package.module:factory")
-    module = _import_file(Path(where), error) if where.endswith(".py") else _import(where, error)
-    factory: Callable[..., Any] | None = getattr(module, name, None)
+    with _users_code(spec, error):
+        module = (
+            _import_file(Path(where), error) if where.endswith(".py") else _import(where, error)
+        )
+        factory: Callable[..., Any] | None = getattr(module, name, None)
     if factory is None or not callable(factory):
-        public = ", ".join(n for n in vars(module) if not n.startswith("_")) or "none"
-        raise error(f"{spec!r}: {where} has no function {name!r}; its names: {public}")
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise error(
+            f"{spec!r}: {where} has no function {name!r}{did_you_mean(name, public)} Its names: "
+            f"{', '.join(public[:_NAMED]) or 'none'}{', ...' if len(public) > _NAMED else ''}"
+        )
     return factory
 
 
+@contextmanager
+def _users_code(spec: str, error: type[HesstraceError]) -> Iterator[None]:
+    """Where code of the user's runs that must not end the program, nor switch gradients off.
+
+    Raises:
+        HesstraceError: Of class `error`, if it calls `sys.exit`.
+    """
+    import torch
+
+    try:
+        with torch.enable_grad():
+            yield
+    except SystemExit as problem:
+        raise error(f"{spec!r} ended the program, by sys.exit({problem.code!r})") from problem
+
+
 def _import_file(path: Path, error: type[HesstraceError]) -> ModuleType:
-    if not path.is_file():
+    if not is_file(path):
         raise error(f"plug-in file {str(path)!r} does not exist")
     digest = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]
     module_name = f"hesstrace_plugin_{path.stem}_{digest}"
@@ -91,17 +118,35 @@ def call_factory(
     arguments: Mapping[str, Any],
     spec: str,
     error: type[HesstraceError],
+    *positional: Any,
 ) -> Any:
     """What the factory makes; what its own code raises goes through, with its traceback.
+
+    Args:
+        factory: As `load_factory` gives it.
+        arguments: By name.
+        spec: What to call it in an error.
+        error: The class of the error to raise.
+        positional: Arguments before those.
 
     Raises:
         HesstraceError: Of class `error`, if the factory cannot be called with these arguments.
     """
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except ValueError:  # a callable without a signature
-        pass
-    except TypeError as problem:
-        given = ", ".join(arguments) or "no arguments"
-        raise error(f"{spec!r} cannot be called with {given}: {problem}") from problem
-    return factory(**arguments)
+    with _users_code(spec, error):
+        try:
+            made = factory(*positional, **arguments)
+        except TypeError as problem:
+            if _is_from_within(problem):
+                raise
+            given = ", ".join(arguments) or f"{len(positional) or 'no'} arguments"
+            raise error(f"{spec!r} cannot be called with {given}: {problem}") from problem
+    if inspect.iscoroutine(made):
+        made.close()
+        raise error(f"{spec!r} is asynchronous, expected a plain function")
+    return made
+
+
+def _is_from_within(problem: TypeError) -> bool:
+    """Whether the called code raised it, not the call that gave it arguments it does not take."""
+    trace = problem.__traceback__
+    return trace is not None and trace.tb_next is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -14,22 +15,30 @@ from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name, to_y
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.locks import FolderLock
+from hesstrace_cli.records import read_summary
 from hesstrace_cli.resume import changes, is_longer, why_not_longer
 from hesstrace_cli.state import check_whole, config_of
 
-SCHEMA = "hesstrace/run/1"
+_LONGEST = 60  # characters of a part of a folder's name
 
 
 def default_folder(config: TrainConfig, root: str = "runs") -> Path:
-    """The folder `<root>/<data>-<model>-<regularizers>-seed<seed>`."""
-    row = row_name(parse_row(config.reg, config.lambda_)).replace("=", "").replace(",", "+")
-    name = re.sub(r"[^\w.+-]+", "-", row)
-    parts = [_short(config.dataset), _short(config.model), name, f"seed{config.seed}"]
-    return Path(root) / "-".join(parts)
+    """The folder `<root>/<data>-<model>-<regularizers>-seed<seed>`.
+
+    Files of one name in two folders are told apart by a few digits of their path's hash.
+    """
+    row = row_name(parse_row(config.reg, config.lambda_))
+    terms = [_short(*term.rpartition("=")[::2]) for term in row.split(",") if "=" in term]
+    parts = [_short(config.dataset), _short(config.model), "+".join(terms) or row]
+    return Path(root) / "-".join([*parts, f"seed{config.seed}"])
 
 
-def _short(spec: str) -> str:
-    return re.sub(r"[^\w.]+", "-", Path(spec).name if "/" in spec else spec).strip("-")
+def _short(spec: str, strength: str = "") -> str:
+    """A part of a file's name for a name, a path or a factory; as it is where it can be."""
+    name = re.sub(r"[^\w.]+", "-", Path(spec).name).strip("-")
+    if spec.replace(":", "-") != name or len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{hashlib.sha1(os.fsencode(spec)).hexdigest()[:6]}"
+    return name + strength
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +78,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None of an unfinished one."""
-        file = self.path / "summary.json"
-        if not file.is_file():
-            return None
-        try:
-            summary = json.loads(file.read_text())
-            return summary if summary["schema"] == SCHEMA else None
-        except (ValueError, KeyError, TypeError) as problem:
-            raise ConfigError(f"{str(file)!r} is damaged; remove it and --resume") from problem
+        return read_summary(self.path / "summary.json")
 
     @property
     def settings(self) -> Path:

@@ -36,7 +36,7 @@ class Sums:
 
 def is_whole(value: Any, least: int = 0) -> bool:
     """Whether it is a whole number, at least so large; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 53
 
 
 def is_number(value: Any) -> bool:

@@ -27,11 +27,12 @@ from hesstrace_cli.models import build_model
 from hesstrace_cli.parallel import join
 from hesstrace_cli.precision import run_in_precision
 from hesstrace_cli.randomness import derived_seed, stream_generator
+from hesstrace_cli.records import RUN_SCHEMA
 from hesstrace_cli.regularizers import Part, Regularizer, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, choose_curvature
 from hesstrace_cli.reporting.events import Events
 from hesstrace_cli.resume import check_state
-from hesstrace_cli.runs import SCHEMA, RunFolder, default_folder
+from hesstrace_cli.runs import RunFolder, default_folder
 from hesstrace_cli.schedule import learning_rate
 from hesstrace_cli.state import FORMAT, Sums
 from hesstrace_cli.steps import Examples, Stepper, split_batch
@@ -404,7 +405,7 @@ class Run:
         summary = None
         if self.ranks.is_first:
             summary = {
-                "schema": SCHEMA,
+                "schema": RUN_SCHEMA,
                 "regularizers": row_name(self.row),
                 **summarize(self.model, self.data, self.config, self.folder.last),
                 "trace_penalty": self._penalty_description(),

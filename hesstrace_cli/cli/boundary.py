@@ -10,11 +10,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from hesstrace_cli.config.hints import did_you_mean
 from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.failures import is_out_of_memory
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+_LONGEST = 2000  # characters of a line that can still be read
 
 
 class ErrorBoundary(TyperGroup):
@@ -35,8 +39,13 @@ class ErrorBoundary(TyperGroup):
         except HesstraceError as problem:
             code = _report(str(problem), problem.exit_code)
         except _ClickException as problem:
-            message = " ".join(problem.format_message().split())
+            message = _meant(problem) or " ".join(problem.format_message().split())
             code = _report(message or "a command is missing; see --help", 2)
+        except SystemExit as problem:
+            raise RuntimeError(
+                f"code that was imported ended the program by sys.exit({problem.code!r}), before "
+                "the command was done"
+            ) from problem
         except (typer.Abort, KeyboardInterrupt):
             code = _report("interrupted", 130)
         except Exception as problem:
@@ -64,8 +73,19 @@ def _explained(problem: Exception) -> tuple[str, int]:
     raise problem
 
 
+def _meant(problem: Any) -> str | None:
+    """What to say of an option that the command does not have; None of another mistake."""
+    given, context = getattr(problem, "option_name", None), getattr(problem, "ctx", None)
+    if given is None or context is None:
+        return None
+    options = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)]
+    return f"no option is called {given}{did_you_mean(given, options)} See --help"
+
+
 def _report(message: str, code: int) -> int:
     from hesstrace_cli.cli.screen import complain
 
+    if len(message) > _LONGEST:
+        message = message[: _LONGEST - 4] + " ..."
     complain(f"error: {message}")
     return code

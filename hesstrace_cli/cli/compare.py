@@ -190,10 +190,9 @@ def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> No
 
 
 def _read_costs(out: Path | None) -> dict[str, float]:
-    import json
+    from hesstrace_cli.records import read_costs
 
-    file = None if out is None else out / _COSTS
-    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    return {} if out is None else read_costs(out / _COSTS)
 
 
 def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict[str, float]:

@@ -62,7 +62,7 @@ def _option(item: dataclasses.Field[Any], hints: dict[str, Any]) -> inspect.Para
         help=meta["help"] if default is None else re.sub(r" \(default: .*\)$", "", meta["help"]),
         rich_help_panel=meta["panel"],
         metavar=None if is_bool else meta["metavar"] or "|".join(meta["choices"]) or _metavar(kind),
-        show_default=_shown(default),
+        show_default=_shown(default, flag if repeated else None),
     )
     annotation: Any = list[str] if repeated else (bool if is_bool else str)
     return inspect.Parameter(
@@ -77,7 +77,12 @@ def _metavar(kind: str) -> str:
     return "INTEGER" if "int" in kind else "NUMBER" if "float" in kind else "TEXT"
 
 
-def _shown(default: Any) -> str | bool:
+def _shown(default: Any, repeated: str | None) -> str | bool:
+    """The default as it is typed; `repeated` is the flag that stands before each of several."""
     if default is None or isinstance(default, bool) or default in ([], {}):
         return False
-    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
+    if not isinstance(default, list):
+        return str(default)
+    if repeated and len(default) > 1:
+        return " ".join(f"{repeated} {value}" for value in default)
+    return ",".join(map(str, default))

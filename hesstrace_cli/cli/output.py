@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def records_of(
     records, code = [], 0
     for path in paths:
         try:
-            record, warnings = record_of(path)
+            with redirect_stdout(sys.stderr):  # a model's own prints are no results
+                record, warnings = record_of(path)
         except HesstraceError as problem:
             if len(paths) == 1:
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import typer
@@ -27,7 +29,8 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     from hesstrace_cli.verify import verify as run
 
     check_places(settings.json)
-    record = run(settings)
+    with redirect_stdout(sys.stderr):  # a model's own prints are no results
+        record = run(settings)
     if not write_json(record, settings.json):
         rows = record["rows"]
         screen.show(tables.verdict_table(settings.model, record))

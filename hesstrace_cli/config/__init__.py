@@ -9,12 +9,15 @@ from hesstrace_cli.config.commands import (
     TrainConfig,
     VerifyConfig,
 )
-from hesstrace_cli.config.fields import key_of
+from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
+from hesstrace_cli.config.hints import did_you_mean, likely
 from hesstrace_cli.config.rows import REGULARIZERS, parse_row, row_name
+from hesstrace_cli.config.yaml_text import shortened
 
 __all__ = [
-    "REGULARIZERS", "CheckpointConfig", "CompareConfig", "DataConfig", "EstimateConfig",
-    "SpectrumConfig", "TrainConfig", "VerifyConfig", "key_of", "parse_row", "read_yaml",
-    "resolve", "row_name", "to_yaml",
+    "LARGEST", "LARGEST_SHIFT", "REGULARIZERS", "SMALLEST_SCALE", "CheckpointConfig",
+    "CompareConfig", "DataConfig", "EstimateConfig", "SpectrumConfig", "TrainConfig",
+    "VerifyConfig", "did_you_mean", "key_of", "likely", "parse_row", "read_yaml", "resolve",
+    "row_name", "shortened", "to_yaml",
 ]  # fmt: skip

@@ -7,7 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hesstrace_cli.config.fields import check_range, inherited, option
+from hesstrace_cli.config.fields import (
+    LARGEST_SHIFT,
+    SMALLEST_SCALE,
+    check_range,
+    inherited,
+    option,
+)
 from hesstrace_cli.config.rows import (
     REGULARIZERS,
     UNUSED_LAMBDA,
@@ -18,6 +24,7 @@ from hesstrace_cli.config.rows import (
     takes_lambda,
     tuned_rows,
 )
+from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
 
@@ -49,14 +56,16 @@ class DataConfig:
     )
     download: bool = option(False, "allow torchvision to fetch the data", panel="Model and data")
     mean: list[float] | None = option(
-        None, "means to subtract, one or one a channel (0.5,0.5,0.5)", panel="Model and data"
-    )
+        None, "means to subtract, one or one a channel (0.5,0.5,0.5)", panel="Model and data",
+        minimum=-LARGEST_SHIFT, maximum=LARGEST_SHIFT,
+    )  # fmt: skip
     std: list[float] | None = option(
-        None, "standard deviations to divide by", panel="Model and data", above=0
-    )
+        None, "standard deviations to divide by", panel="Model and data",
+        minimum=SMALLEST_SCALE, maximum=LARGEST_SHIFT,
+    )  # fmt: skip
     image_size: int | None = option(
         None, "resize the shorter side to this and crop the centre", panel="Model and data",
-        minimum=1,
+        minimum=1, maximum=2**16,
     )  # fmt: skip
     train_examples: int | None = option(
         None, "train on a fixed stratified subset of N examples", panel="Model and data", minimum=1
@@ -69,8 +78,8 @@ class DataConfig:
         maximum=0.9,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", panel="Machine")
-    seed: int = option(0, "seed of all randomness", panel="Machine", minimum=0, maximum=2**31)
-    batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1, maximum=2**31)
+    seed: int = option(0, "seed of all randomness", panel="Machine", minimum=0)
+    batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1)
     num_workers: int = option(0, "processes that load image files", panel="Machine", minimum=0)
 
     def __post_init__(self) -> None:
@@ -202,7 +211,8 @@ class CompareConfig(TrainConfig):
 
     reg: list[str] = option(
         ["none", "trace"],
-        "one row of the table, NAME[=STRENGTH] joined with commas; may be repeated",
+        "one row of the table: none, or NAME[=STRENGTH], several joined with commas; repeat it "
+        "for more rows",
         panel="Regularization",
         metavar="NAME[=STRENGTH],...",
     )
@@ -231,6 +241,13 @@ class CompareConfig(TrainConfig):
         self.candidates()
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
+        for key in ("dataset", "model"):
+            names = getattr(self, key).split(",")
+            if not all(names) or len(set(names)) < len(names):
+                raise ConfigError(
+                    f"--{key} is {shortened(getattr(self, key))}, expected different names, joined "
+                    "with commas"
+                )
 
     def candidates(self) -> list[list[dict[str, float]]]:
         """For each row of the table the regularizers with their strengths, or those to choose from.

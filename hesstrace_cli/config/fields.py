@@ -9,10 +9,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from difflib import get_close_matches
 from typing import Any
 
+from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
+
+LARGEST = 2**31
+"""Of any whole number; more of anything is a slip of the hand."""
+
+_LARGEST_FLOAT = 3e38  # that float32 holds, in which tensors are
+
+LARGEST_SHIFT, SMALLEST_SCALE = 1e30, 1e-30
+"""Of the preprocessing of inputs, so that float32 can reckon on with what comes out."""
 
 
 def option(
@@ -54,12 +62,6 @@ def key_of(field_name: str) -> str:
     return field_name.rstrip("_").replace("_", "-")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Half a sentence that names the nearest known name, or a full stop."""
-    near = get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
 def check_range(item: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a value that is outside the range or choices of its field.
 
@@ -71,23 +73,27 @@ def check_range(item: dataclasses.Field[Any], value: Any) -> None:
         return
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(
-            f"--{key_of(item.name)} is {value!r}, expected one of {', '.join(meta['choices'])}"
+            f"--{key_of(item.name)} is {shortened(value)}, expected one of "
+            f"{', '.join(meta['choices'])}"
         )
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        low, high, above = meta["minimum"], meta["maximum"], meta["above"]
-        endless = math.isinf(number) and item.default != math.inf
-        if endless or not (low <= number <= high and number > above):
-            raise ConfigError(f"--{key_of(item.name)} is {number}, expected {_range_text(meta)}")
+        low, above = meta["minimum"], meta["above"]
+        high = min(meta["maximum"], LARGEST if isinstance(number, int) else _LARGEST_FLOAT)
+        if number == item.default:  # which may be endless
+            continue
+        if not (low <= number <= high and number > above):
+            raise ConfigError(
+                f"--{key_of(item.name)} is {shortened(number)}, expected {_range_text(meta, high)}"
+            )
 
 
-def _range_text(meta: Mapping[str, Any]) -> str:
+def _range_text(meta: Mapping[str, Any], high: float) -> str:
     parts = []
     if meta["above"] > -math.inf:
         parts.append(f"more than {meta['above']:g}")
     if meta["minimum"] > -math.inf:
         parts.append(f"at least {meta['minimum']:g}")
-    if meta["maximum"] < math.inf:
-        parts.append(f"at most {meta['maximum']:g}")
-    return "a number, " + " and ".join(parts) if parts else "a number"
+    parts.append(f"at most {high:.10g}")
+    return "a number, " + " and ".join(parts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hesstrace_cli.config.fields import nearest
+from hesstrace_cli.config.hints import did_you_mean, likely
+from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
 
@@ -69,31 +71,61 @@ def takes_lambda(terms: Sequence[tuple[str, float | None]]) -> bool:
 
 
 def parse_terms(entries: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Split `NAME[=STRENGTH]` entries, joined with commas or not; "none" gives no term.
+    """Split `NAME[=STRENGTH]` entries, joined with commas or not; "none" alone gives no term.
 
     Raises:
-        ConfigError: If a name is unknown or given twice, or a strength is out of range.
+        ConfigError: If a name is unknown or given twice, "none" stands beside another, or a
+            strength is out of range.
     """
-    terms: list[tuple[str, float | None]] = []
-    for part in (part.strip() for entry in entries for part in entry.split(",")):
-        name, equals, text = part.partition("=")
-        if name == "none" and not equals:
-            continue
-        if name == "none":
-            raise ConfigError(f"none has no strength, {part!r} was given")
-        if name not in REGULARIZERS and ":" not in name:
-            known = ["none", *REGULARIZERS]
-            raise ConfigError(
-                f"no regularizer is called {name!r}{nearest(name, known)} "
-                f"Known: {', '.join(known)}, or FILE.py:Class"
-            )
-        terms.append((name, _strength(name, text) if equals else None))
+    parts = [part.strip() for entry in entries for part in entry.split(",")]
+    terms = [_parse_term(part) for part in parts if part != "none"]
+    if "none" in parts and len(parts) > 1:
+        rows = " ".join(f"--reg {part}" for part in parts)
+        raise ConfigError(
+            f"--reg joins none with others ({shortened(','.join(parts))}): a comma joins "
+            f"regularizers within one row, and none is a row of its own; in compare write {rows}"
+        )
     names = [name for name, _ in terms]
     if len(set(names)) < len(names):
-        raise ConfigError(f"a regularizer is given twice: {', '.join(entries)}")
+        raise ConfigError(f"a regularizer is given twice: {shortened(', '.join(entries))}")
     if {"sam", "nso"} <= set(names):
         raise ConfigError("sam and nso both stand in the place of the loss; use one of them")
     return terms
+
+
+def _parse_term(part: str) -> tuple[str, float | None]:
+    name, equals, text = part.partition("=")
+    if name == "none":
+        raise ConfigError(f"none has no strength, {shortened(part)} was given")
+    if name not in REGULARIZERS and not _is_class(name):
+        known = ["none", *REGULARIZERS]
+        raise ConfigError(
+            f"no regularizer is called {shortened(name)}{_meant(part, known)} "
+            f"Known: {', '.join(known)}, or FILE.py:Class"
+        )
+    return name, _strength(name, text) if equals else None
+
+
+def _is_class(name: str) -> bool:
+    """Whether a name has the form of a user's class: `trace:0.01` has not."""
+    where, _, what = name.rpartition(":")
+    return bool(where) and what.isidentifier()
+
+
+def _meant(part: str, known: Sequence[str]) -> str:
+    """Half a sentence for a name that is not known, or known with its strength put otherwise."""
+    name, _, text = re.sub(r"[\s:(]+", "=", part.rstrip(") "), count=1).partition("=")
+    near = likely(name, known)
+    if near and near != "none" and _is_number(text):
+        return f"; did you mean {near}={text}?"
+    return did_you_mean(name, known)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _strength(name: str, text: str) -> float:
@@ -105,7 +137,8 @@ def _strength(name: str, text: str) -> float:
     if not 0 <= value <= maximum or math.isinf(value):
         upto = "" if math.isinf(maximum) else f" and at most {maximum:g}"
         raise ConfigError(
-            f"the strength of {name} is {text!r}, expected a number that is at least 0{upto}"
+            f"the strength of {name} is {shortened(text)}, expected a number that is at least "
+            f"0{upto}"
         )
     return value
 
@@ -145,10 +178,19 @@ def parse_tune(entries: Sequence[str]) -> dict[str, list[float]]:
     for entry in entries:
         name, equals, text = entry.rpartition("=")
         if not equals or not name:
-            raise ConfigError(f"--tune is {entry!r}, expected NAME=S1:S2:..., trace=0.003:0.01")
-        (term,) = parse_terms([name]) or [("none", None)]
-        if name in choices or term[0] == "none":
-            raise ConfigError(f"--tune {entry!r}: {name} has no strength, or is given twice")
+            raise ConfigError(
+                f"--tune is {shortened(entry)}, expected NAME=S1:S2:..., trace=0.003:0.01"
+            )
+        terms = parse_terms([name])
+        if len(terms) > 1:
+            raise ConfigError(
+                f"--tune {shortened(entry)} names {len(terms)} regularizers, expected one; give "
+                "--tune once for each"
+            )
+        if name in choices or not terms or terms[0][1] is not None:
+            raise ConfigError(
+                f"--tune {shortened(entry)}: {name} takes no strengths, or is given twice"
+            )
         choices[name] = [_strength(name, part) for part in text.split(":")]
         if len(set(choices[name])) < len(choices[name]):
             raise ConfigError(f"--tune {entry!r} has a strength twice")

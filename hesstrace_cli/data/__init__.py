@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
-from hesstrace_cli.config import DataConfig
+from hesstrace_cli.config import LARGEST, DataConfig
+from hesstrace_cli.data.checks import example_of, labels_of, same_kind
 from hesstrace_cli.data.preprocess import Preprocess
-from hesstrace_cli.data.sources import Arrays, Source, is_data_plugin, open_source
-from hesstrace_cli.data.splits import DatasetSplit, Split, TensorSplit, stratified_order
+from hesstrace_cli.data.sources import Arrays, Images, Source, is_data_plugin, open_source
+from hesstrace_cli.data.splits import (
+    Collate,
+    DatasetSplit,
+    Split,
+    TensorSplit,
+    readable,
+    stratified_order,
+)
 from hesstrace_cli.errors import DataError
 
 __all__ = ["DataSet", "Split", "is_data_plugin", "load_data", "stratified_order"]
@@ -83,6 +90,7 @@ def load_data(
                 f"{config.dataset}: labels go up to {num_classes - 1} among {len(train)} examples; "
                 "if that is right, say so with --num-classes"
             )
+    _check_kinds(source, config.dataset)
     for name, part in (("train", train), ("test", test)):
         _check_labels(part.labels, num_classes, f"{config.dataset} ({name})")
     train, val = _hold_out(train, config)
@@ -101,8 +109,7 @@ def _preprocess(
         usual |= {"mean": config.mean, "std": config.std}
     if config.model is not None and config.model.startswith("torchvision:"):
         usual["channels"] = 3
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in usual.items()}
-    return Preprocess(**settings)
+    return Preprocess.from_dict(usual)
 
 
 def _split(
@@ -113,40 +120,69 @@ def _split(
     dtype: torch.dtype,
     config: DataConfig,
 ) -> Split:
-    if not isinstance(part, Arrays):
-        if len(part) == 0:  # type: ignore[arg-type]
-            raise DataError(f"{name} has no examples")
-        labels = _labels_of(part)
-        indices = torch.arange(len(labels))
-        if isinstance(part, ImageFolder) and config.image_size is not None:
-            numbers = len(labels) * 3 * config.image_size**2
-            if numbers <= _HELD:
-                inputs = _decoded(part)
-                return TensorSplit(inputs.to(device), labels.to(device), preprocess, dtype)
-        return DatasetSplit(part, indices, labels, preprocess, device, config.num_workers, dtype)
-    if len(part.labels) == 0:
+    if isinstance(part, Arrays):
+        _check_finite(part.inputs, name)
+        return TensorSplit(part.inputs.to(device), part.labels.to(device), preprocess, dtype)
+    if _length(part, name) == 0:
         raise DataError(f"{name} has no examples")
-    if part.inputs.is_floating_point():
-        finite = torch.isfinite(part.inputs).flatten(1).all(1)
+    labels = _labels_of(part, name)
+    if isinstance(part, Images) and config.image_size is not None:
+        numbers = len(labels) * 3 * config.image_size**2
+        if numbers <= _HELD:
+            inputs = torch.stack([image for image, _ in readable(part)])
+            return TensorSplit(inputs.to(device), labels.to(device), preprocess, dtype)
+    return DatasetSplit(
+        part, torch.arange(len(labels)), labels, preprocess, device, config.num_workers, dtype,
+        Collate(name, _kind_of(part, name)),
+    )  # fmt: skip
+
+
+def _check_finite(inputs: Tensor, name: str) -> None:
+    if inputs.is_floating_point():
+        finite = torch.isfinite(inputs).flatten(1).all(1)
         if not finite.all():
             first = int((~finite).nonzero()[0])
             raise DataError(f"{name}: {int((~finite).sum())} inputs hold NaN or infinite values, "
                             f"the first is number {first}")  # fmt: skip
-    return TensorSplit(part.inputs.to(device), part.labels.to(device), preprocess, dtype)
 
 
-def _decoded(folder: ImageFolder) -> Tensor:
-    try:
-        return torch.stack([image for image, _ in folder])
-    except OSError as problem:
-        raise DataError(f"an image of {folder.root!r} cannot be read: {problem}") from problem
+def _kind_of(part: Arrays | Dataset[Any], name: str) -> torch.dtype:
+    """The type of the inputs; of a Dataset's the first."""
+    if isinstance(part, Arrays):
+        return part.inputs.dtype
+    if isinstance(part, Images):
+        return torch.uint8
+    (first,) = readable(part[i] for i in range(1))
+    return example_of(first, name)[0].dtype
 
 
-def _labels_of(dataset: Dataset[Any]) -> Tensor:
+def _check_kinds(source: Source, name: str) -> None:
+    train, test = _kind_of(source.train, name), _kind_of(source.test, name)
+    if not same_kind(train, test):
+        raise DataError(
+            f"{name}: training inputs are {train}, test inputs are {test}: uint8 is scaled to "
+            "[0, 1] and the other is not; expected the same"
+        )
+
+
+def _length(dataset: Dataset[Any], name: str) -> int:
+    length = len(dataset)  # type: ignore[arg-type]
+    if length > LARGEST:
+        raise DataError(f"{name} says that it has {length} examples, expected at most {LARGEST}")
+    return length
+
+
+def _labels_of(dataset: Dataset[Any], name: str) -> Tensor:
+    """The class numbers: what the Dataset says in its `targets`, else those of every example."""
+    length = _length(dataset, name)
     targets = getattr(dataset, "targets", None)
-    if targets is None:
-        targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
-    return torch.tensor([int(y) for y in targets])
+    if targets is None or getattr(dataset, "target_transform", None) is not None:
+        examples = readable(dataset[i] for i in range(length))
+        return labels_of([example_of(example, name)[1] for example in examples], name)
+    labels = labels_of(targets, name)
+    if len(labels) != length:
+        raise DataError(f"{name} has {length} examples, but {len(labels)} `targets`")
+    return labels
 
 
 def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:

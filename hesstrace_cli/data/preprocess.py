@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesstrace_cli.config import LARGEST_SHIFT, SMALLEST_SCALE, shortened
 from hesstrace_cli.errors import DataError
 
 
@@ -48,6 +49,44 @@ class Preprocess:
             )
         column = _on_device(tuple(values), inputs.dtype, inputs.device)
         return column.reshape(1, -1, *([1] * (inputs.dim() - 2)))
+
+    def __post_init__(self) -> None:
+        for name, values, low in (
+            ("mean", self.mean, -LARGEST_SHIFT), ("std", self.std, SMALLEST_SCALE),
+            ("scale", (self.scale,), SMALLEST_SCALE),
+        ):  # fmt: skip
+            fit = isinstance(values, tuple) and all(
+                isinstance(v, (int, float))
+                and not isinstance(v, bool)
+                and low <= v <= LARGEST_SHIFT
+                for v in values
+            )
+            if not fit or not values:
+                raise DataError(
+                    f"{name} of the preprocessing is {shortened(values)}, expected numbers from "
+                    f"{low:g} to {LARGEST_SHIFT:g}"
+                )
+        if self.channels is not None and (type(self.channels) is not int or self.channels != 3):
+            raise DataError(
+                f"channels of the preprocessing is {shortened(self.channels)}, expected null or 3"
+            )
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Preprocess:
+        """The preprocessing that `as_dict` gave; what is not there is as usual.
+
+        Raises:
+            DataError: If it is none.
+        """
+        known = {item.name for item in fields(cls)}
+        if not isinstance(record, dict) or not known.issuperset(record):
+            raise DataError(
+                f"the preprocessing is {shortened(record)}, expected {', '.join(sorted(known))}"
+            )
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
+        }
+        return cls(**settings)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a checkpoint."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,15 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from hesstrace_cli.config import did_you_mean, shortened
+from hesstrace_cli.data.checks import inputs_of, label_of, labels_of
 from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.paths import is_file, is_folder
 from hesstrace_cli.plugins import call_factory, load_factory
 
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -98,11 +111,20 @@ def open_source(
                 f"--image-size does not resize what {spec!r} gives; resize there, or leave it out"
             )
         return _plugin(spec)
-    known = ", ".join(["digits", *_TORCHVISION])
+    known = ["digits", *_TORCHVISION]
     raise ConfigError(
-        f"no data set is called {spec!r}. Known: {known}, imagefolder:DIR, FILE.npz, "
-        "FILE.py:factory"
+        f"no data set is called {shortened(spec)}{_meant(spec, known)} Known: {', '.join(known)}, "
+        "imagefolder:DIR, FILE.npz, FILE.py:factory"
     )
+
+
+def _meant(spec: str, known: Sequence[str]) -> str:
+    """Half a sentence on a name that is not known."""
+    if is_folder(spec):
+        return f"; for a folder of images write {shortened('imagefolder:' + spec)}."
+    if spec.endswith(".py"):
+        return f"; a file's factory is named behind a colon: {shortened(spec + ':data')}."
+    return did_you_mean(spec, known)
 
 
 def _resized(inputs: Tensor, image_size: int | None) -> Tensor:
@@ -135,36 +157,88 @@ def _torchvision(spec: str, data_dir: str, download: bool, image_size: int | Non
         part = {"split": "train" if train else "test"} if known.by_split else {"train": train}
         try:
             dataset = known.build(data_dir, download=download, **part)
-        except (RuntimeError, OSError, ValueError) as problem:
+        except Exception as problem:  # torchvision asserts, and raises many kinds
             if is_out_of_memory(problem):
                 raise
+            reason = " ".join(str(problem).split()) or type(problem).__name__
             raise DataError(
-                f"{spec} is not in {data_dir!r} ({' '.join(str(problem).split())}); give the "
-                "folder with --data-dir, or allow --download"
+                f"{spec} is not in {data_dir!r}, or damaged ({reason[:200]}); give the folder with "
+                "--data-dir, or allow --download"
             ) from problem
-        images = torch.as_tensor(dataset.data)
         labels = dataset.labels if known.by_split else dataset.targets
-        if images.dim() == 3:
-            images = images[:, None]
-        elif images.shape[-1] == 3:
-            images = images.permute(0, 3, 1, 2).contiguous()
-        return Arrays(_resized(images, image_size), torch.as_tensor(labels).long())
+        name = f"{spec} in {data_dir!r} ({'train' if train else 'test'})"
+        return _arrays(dataset.data, labels, name, image_size)
 
     return Source(load(True), load(False), known.num_classes, known.mean, known.std)
+
+
+def _arrays(inputs: Any, labels: Any, name: str, image_size: int | None) -> Arrays:
+    """Examples that stand in an array, checked; grey and channels-last images as (N, C, H, W).
+
+    Raises:
+        DataError: If they are none, or not as many as the labels.
+    """
+    labels = labels_of(labels, name)
+    if len(labels) == 0:
+        raise DataError(f"{name}: there are no examples")
+    inputs = inputs_of(inputs, name)
+    if inputs.dim() < 2 or len(inputs) != len(labels):
+        raise DataError(
+            f"{name}: inputs have shape {tuple(inputs.shape)} and there are {len(labels)} labels, "
+            "expected an input a row and a label for each"
+        )
+    if inputs.dim() == 3:
+        inputs = inputs[:, None]
+    elif inputs.dim() == 4 and inputs.shape[-1] in (1, 3) and inputs.shape[1] not in (1, 3):
+        inputs = inputs.permute(0, 3, 1, 2).contiguous()
+    return Arrays(_resized(inputs, image_size), labels)
+
+
+class Images(datasets.ImageFolder):  # type: ignore[misc]
+    """The image files in a folder's folders, one a class, as uint8 tensors (3, H, W).
+
+    Args:
+        folder: With a folder a class.
+        image_size: The shorter side is resized to it, and the centre cropped.
+    """
+
+    def __init__(self, folder: Path, image_size: int | None) -> None:
+        steps: list[Any] = [v2.PILToTensor()]
+        if image_size is not None:
+            steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+        super().__init__(str(folder), v2.Compose(steps), loader=_open_image)
+
+
+def _open_image(path: str) -> Image.Image:
+    """Decode an image file.
+
+    Raises:
+        DataError: If it is none, or too large, damaged, or of more than 8 bits a channel.
+    """
+    if not is_file(path):
+        raise DataError(f"{path!r} is no file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                mode, decoded = image.mode, image.convert("RGB")
+    except Exception as problem:  # Pillow raises many kinds for a damaged file
+        if is_out_of_memory(problem):
+            raise
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise DataError(f"{path!r} cannot be read as an image: {reason[:200]}") from problem
+    if mode in _DEEP:
+        raise DataError(f"{path!r} has pixels of mode {mode}, which 8 bits a channel would cut off")
+    return decoded
 
 
 def _image_folder(folder: Path, image_size: int | None) -> Source:
     test_folder = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
     if not (folder / "train").is_dir() or test_folder is None:
         raise DataError(f"{str(folder)!r} has no folders train/ and val/ or test/ with images")
-    steps: list[Any] = [v2.PILToTensor()]
-    if image_size is not None:
-        steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
-    transform = v2.Compose(steps)
     try:
-        train = datasets.ImageFolder(str(folder / "train"), transform)
-        test = datasets.ImageFolder(str(test_folder), transform)
-    except (FileNotFoundError, OSError) as problem:
+        train, test = Images(folder / "train", image_size), Images(test_folder, image_size)
+    except OSError as problem:
         raise DataError(f"{str(folder)!r}: {' '.join(str(problem).split())}") from problem
     if train.classes != test.classes:
         raise DataError(
@@ -175,44 +249,58 @@ def _image_folder(folder: Path, image_size: int | None) -> Source:
 
 
 def _npz(path: Path, image_size: int | None) -> Source:
-    keys = ("x_train", "y_train", "x_test", "y_test")
+    if not is_file(path):
+        raise DataError(f"{str(path)!r} {'is a folder' if is_folder(path) else 'does not exist'}")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            missing = [key for key in keys if key not in content]
+        with zipfile.ZipFile(path) as archive:
+            present = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            missing = [key for key in _KEYS if key not in present]
             if missing:
                 raise DataError(
-                    f"{str(path)!r} lacks {', '.join(missing)}; it has {', '.join(content.files)}"
+                    f"{str(path)!r} lacks {', '.join(missing)}; it has {shortened(list(present))}"
                 )
-            arrays = {key: content[key] for key in keys}
+            members = [_open_member(archive, present[key]) for key in _KEYS]
+            x_train, y_train, x_test, y_test = [read() for read in members]
     except DataError:
         raise
-    except FileNotFoundError as problem:
-        raise DataError(f"{str(path)!r} does not exist") from problem
-    except Exception as problem:  # numpy raises many kinds for a damaged archive
-        raise DataError(f"{str(path)!r} is not a readable .npz file: {problem}") from problem
-    train = _npz_part(path, arrays["x_train"], arrays["y_train"], "train", image_size)
-    test = _npz_part(path, arrays["x_test"], arrays["y_test"], "test", image_size)
-    return Source(train, test, num_classes=None)
+    except Exception as problem:  # numpy and zipfile raise many kinds for a damaged archive
+        if is_out_of_memory(problem):
+            raise
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise DataError(f"{str(path)!r} is not a readable .npz file: {reason[:200]}") from problem
+    return Source(
+        _arrays(x_train, y_train, f"{str(path)!r}, train", image_size),
+        _arrays(x_test, y_test, f"{str(path)!r}, test", image_size),
+        num_classes=None,
+    )
 
 
-def _npz_part(path: Path, x: Any, y: Any, part: str, image_size: int | None) -> Arrays:
-    where = f"{str(path)!r}, {part}"
-    plain = x.ndim > 1 and x.dtype.itemsize <= 8 and x.dtype.isnative
-    if not plain or x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
+def _open_member(archive: zipfile.ZipFile, name: str) -> Callable[[], Any]:
+    """Read what a member of the archive says of its array, before memory is taken for it.
+
+    Returns:
+        A function that reads the array.
+
+    Raises:
+        DataError: If it is no array, or not the size that it says.
+    """
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = _HEADERS[version](file)
+        size, held = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
+    if dtype.hasobject:
+        raise DataError(f"{archive.filename!r}: {name} holds Python objects, expected numbers")
+    if size > held:
         raise DataError(
-            f"{where}: x has type {x.dtype} and shape {x.shape}, expected uint8 or native "
-            "floating point, an example a row"
+            f"{archive.filename!r} is damaged: {name} says that it is an array of {size} bytes, "
+            f"and has {held}"
         )
-    if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: y has type {y.dtype} and shape {y.shape}, expected whole numbers ({len(x)},)"
-        )
-    inputs = torch.from_numpy(np.ascontiguousarray(x))
-    if inputs.dim() == 3:
-        inputs = inputs[:, None]
-    elif inputs.dim() == 4 and inputs.shape[-1] in (1, 3) and inputs.shape[1] not in (1, 3):
-        inputs = inputs.permute(0, 3, 1, 2).contiguous()
-    return Arrays(_resized(inputs, image_size), torch.from_numpy(y.astype(np.int64)))
+
+    def read() -> Any:
+        with archive.open(name) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+    return read
 
 
 def _plugin(spec: str) -> Source:
@@ -222,35 +310,12 @@ def _plugin(spec: str) -> Source:
         raise DataError(f"{spec!r} gave a {type(made).__name__}, expected train and test Dataset")
     train, test = made
     for part in made:
-        _check_dataset(part, spec)
-    return Source(train, test, num_classes=getattr(train, "num_classes", None))
-
-
-def _check_dataset(part: Any, spec: str) -> None:
-    """Look at the first example.
-
-    Raises:
-        DataError: If the part is no Dataset of pairs of a tensor and a class number.
-    """
-    if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
-        raise DataError(
-            f"{spec!r} gave a {type(part).__name__}, expected a Dataset with a length and numbered "
-            "examples"
-        )
-    if len(part) == 0:
-        return  # said later, with its name
-    example = part[0]
-    if not isinstance(example, (tuple, list)) or len(example) != 2:
-        raise DataError(
-            f"{spec!r}: an example is a {type(example).__name__}, expected an input and a label"
-        )
-    inputs, label = example
-    if not isinstance(inputs, (Tensor, np.ndarray)):
-        raise DataError(
-            f"{spec!r}: an input is a {type(inputs).__name__}, expected a tensor; torchvision's "
-            "v2.PILToTensor makes one of an image"
-        )
-    try:
-        int(label)
-    except (TypeError, ValueError) as problem:
-        raise DataError(f"{spec!r}: a label is {label!r}, expected a class number") from problem
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+            raise DataError(
+                f"{spec!r} gave a {type(part).__name__}, expected a Dataset with a length and "
+                "numbered examples"
+            )
+    num_classes = getattr(train, "num_classes", None)
+    if num_classes is not None and not label_of(num_classes, f"{spec!r}, num_classes") > 0:
+        raise DataError(f"{spec!r} has num_classes {num_classes}, expected at least 1")
+    return Source(train, test, num_classes)

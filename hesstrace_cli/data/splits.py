@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hesstrace_cli.data.checks import example_of, same_kind
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.errors import DataError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.tasks import Classification, Task
 
 Batch = tuple[Tensor, Tensor]
+Item = TypeVar("Item")
 
 
 class Split(Protocol):
@@ -120,6 +123,7 @@ class DatasetSplit:
         num_workers: Processes that read; 0 reads in this one.
         dtype: Floating-point type of the batches.
         task: What they are for.
+        collate: Makes a batch of examples, each of them checked.
     """
 
     dataset: Dataset[Any]
@@ -127,8 +131,9 @@ class DatasetSplit:
     labels: Tensor
     preprocess: Preprocess
     device: torch.device
-    num_workers: int = 0
-    dtype: torch.dtype = torch.float32
+    num_workers: int
+    dtype: torch.dtype
+    collate: Collate
     task: Task = Classification()
 
     @property
@@ -155,43 +160,84 @@ class DatasetSplit:
             batch_sampler=[self.indices[chosen].tolist() for chosen in indices],
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            collate_fn=_collate,
+            collate_fn=self.collate,
             # Without one, every pass would draw a seed for the workers from the global state.
             generator=Generator().manual_seed(0),
         )
-        for inputs, labels in _readable(loader):
+        for (inputs, labels), chosen in zip(readable(loader), indices, strict=True):
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError("an input of the data set is NaN or infinite, expected numbers")
+            self._check_labels(labels, chosen)
             inputs = inputs.to(self.device, non_blocking=True)
             yield self.preprocess(inputs, self.dtype), labels.to(self.device, non_blocking=True)
 
+    def _check_labels(self, labels: Tensor, chosen: Tensor) -> None:
+        """The subsets and the number of classes rest on the labels that were said before."""
+        said = self.labels[chosen]
+        if not torch.equal(labels, said):
+            row = int((labels != said).nonzero()[0])
+            raise DataError(
+                f"{self.collate.name}: example {int(self.indices[chosen][row])} has the label "
+                f"{int(labels[row])}, but {int(said[row])} when the data was opened, or in its "
+                "`targets`; expected the same each time"
+            )
 
-def _readable(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches; a file that cannot be read is the data's fault.
+
+def readable(examples: Iterable[Item]) -> Iterator[Item]:
+    """What is read from files or by a user's code; what cannot be read is the data's fault.
 
     Raises:
         DataError: In one line, also where a worker met the problem.
     """
     try:
-        yield from loader
+        yield from examples
+        return
     except (OSError, DataError) as problem:
         if is_out_of_memory(problem):
             raise
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise DataError(lines[-1].removeprefix("hesstrace_cli.errors.DataError: ")) from problem
+        reason = _reason(problem)
+    # Outside, so that nothing holds the loader, whose workers would live on.
+    raise DataError(reason)
 
 
-def _collate(examples: Sequence[tuple[Any, Any]]) -> Batch:
-    try:
-        inputs = torch.stack([torch.as_tensor(x) for x, _ in examples])
-    except RuntimeError as problem:
-        if is_out_of_memory(problem):
-            raise
-        shapes = sorted({str(tuple(torch.as_tensor(x).shape)) for x, _ in examples})
-        raise DataError(
-            f"the inputs differ in shape ({', '.join(shapes[:3])}); give --image-size"
-        ) from problem
-    return inputs, torch.tensor([int(y) for _, y in examples])
+def _reason(problem: Exception) -> str:
+    text = str(problem)
+    if "in DataLoader worker process" in text:  # with a traceback, of which the end says it
+        text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1]
+    return " ".join(text.split()) or type(problem).__name__
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch of a Dataset's examples.
+
+    Attributes:
+        name: What to call the data in an error.
+        kind: The type of the first example's inputs.
+    """
+
+    name: str
+    kind: torch.dtype
+
+    def __call__(self, examples: Sequence[Any]) -> Batch:
+        """The batch.
+
+        Raises:
+            DataError: If one is no example, or differs from the others in its type or shape.
+        """
+        pairs = [example_of(example, self.name) for example in examples]
+        other = [x.dtype for x, _ in pairs if x.dtype != pairs[0][0].dtype]
+        other += [x.dtype for x, _ in pairs if not same_kind(x.dtype, self.kind)]
+        if other:
+            raise DataError(f"{self.name}: inputs are of the types {self.kind} and {other[0]}, "
+                            "expected one")  # fmt: skip
+        shapes = sorted({str(tuple(x.shape)) for x, _ in pairs})
+        if len(shapes) > 1:
+            raise DataError(
+                f"{self.name}: the inputs differ in shape ({', '.join(shapes[:3])}); give "
+                "--image-size, which resizes image files"
+            )
+        return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torchvision import models as torchvision_models
 
+from hesstrace_cli.config import did_you_mean, likely, shortened
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
@@ -65,17 +65,32 @@ def build_model(
             if is_out_of_memory(problem) or (is_plugin(spec) and not model_args):
                 raise
             raise ModelError(f"model {spec!r} cannot be built: {problem}") from problem
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model {spec!r} gave a {type(model).__name__}, expected a torch.nn.Module"
-        )
+    _check_model(model, spec)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
-    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+    if any(map(is_lazy, _tensors(model))):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _initialize(model, in_shape, spec)
     return model
+
+
+def _check_model(model: Any, spec: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model {spec!r} gave a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"model {spec!r} is scripted, so that its parameters cannot be varied; give the module "
+            "as it is, before torch.jit.script or trace"
+        )
+    if any(tensor.is_meta for tensor in _tensors(model)):
+        raise ModelError(f"model {spec!r} has tensors on the meta device, which have no data")
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
@@ -101,20 +116,29 @@ def _factory(spec: str) -> Callable[..., nn.Module]:
         return partial(_torchvision_model, spec.removeprefix(TORCHVISION))
     if is_factory(spec):
         return load_factory(spec, ModelError)
-    near = get_close_matches(spec, BUILT_IN, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ModelError(
-        f"no model is called {spec!r}{hint} Built in: {', '.join(BUILT_IN)}; "
+        f"no model is called {shortened(spec)}{_meant(spec)} Built in: {', '.join(BUILT_IN)}; "
         "or torchvision:NAME, FILE.py:factory, package.module:factory"
     )
+
+
+def _meant(spec: str) -> str:
+    """Half a sentence on a name that is not known."""
+    if spec.endswith(".py"):
+        return f"; a file's factory is named behind a colon: {shortened(spec + ':build')}."
+    if likely(spec, BUILT_IN) is None:
+        near = likely(spec, torchvision_models.list_models(module=torchvision_models))
+        if near is not None:
+            return f"; did you mean {TORCHVISION + near!r}?"
+    return did_you_mean(spec, BUILT_IN)
 
 
 def _torchvision_model(name: str, **arguments: Any) -> nn.Module:
     known = torchvision_models.list_models(module=torchvision_models)
     if name not in known:
-        near = get_close_matches(name, known, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ModelError(f"torchvision has no classification model {name!r}{hint}")
+        raise ModelError(
+            f"torchvision has no classification model {shortened(name)}{did_you_mean(name, known)}"
+        )
     arguments.pop("in_shape", None)
     model: nn.Module = torchvision_models.get_model(name, weights=None, **arguments)
     return model

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hesstrace_cli.config import REGULARIZERS, TrainConfig
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.plugins import load_factory
+from hesstrace_cli.plugins import call_factory, load_factory
 from hesstrace_cli.regularizers.base import Part, Regularizer, Step, Term
 
 __all__ = ["Part", "Regularizer", "Step", "Term", "build"]
@@ -29,7 +29,7 @@ def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
             continue
         factory = load_factory(REGULARIZERS[name].made_by if name in REGULARIZERS else name,
                                ConfigError)  # fmt: skip
-        regularizer = factory(strength, config)
+        regularizer = call_factory(factory, {}, name, ConfigError, strength, config)
         if not isinstance(regularizer, Regularizer):
             raise ConfigError(
                 f"{name!r} gave a {type(regularizer).__name__}, expected a "

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,14 @@ class Term:
     is_mean: bool = True
     is_whole: bool = False
     plain: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        value: object = self.value
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(
+                f"a regularizer's term is {given}, expected a 0-dim tensor in floating point"
+            )
 
 
 class Regularizer:

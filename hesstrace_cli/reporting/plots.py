@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.records import read_epochs
 from hesstrace_cli.reporting.layout import shortened
 from hesstrace_cli.reporting.text import for_plot
 
@@ -254,10 +254,7 @@ def _rows(summaries: Sequence[Record]) -> list[tuple[str, Look, list[Record]]]:
 
 
 def _curve(folder: str, key: str) -> list[float]:
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    values = [json.loads(line).get(key) for line in file.read_text().splitlines()]
+    values = [epoch.get(key) for epoch in read_epochs(Path(folder) / "metrics.jsonl")]
     return [value for value in values if value is not None]
 
 

@@ -1,0 +1,211 @@
+"""The JSON that runs and comparisons leave behind, read again: one schema a file, checked whole.
+
+What a later version added is let through; what is there must have its type, and what is used must
+be there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hesstrace_cli.config import LARGEST, shortened
+from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.paths import is_file
+
+RUN_SCHEMA = "hesstrace/run/1"
+
+Check = Callable[[Any], str | None]
+"""Says what is wrong with a value, beginning with where; None where nothing is."""
+
+
+def _kind(expected: str, fits: Callable[[Any], bool]) -> Check:
+    return lambda value: None if fits(value) else f" is {shortened(value)}, expected {expected}"
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= 1e300 and math.isfinite(value)
+
+
+_TEXT = _kind("a text", lambda value: isinstance(value, str))
+_NUMBER = _kind("a number", _is_number)
+_MAYBE = _kind("a number or null", lambda value: value is None or _is_number(value))
+_POSITIVE = _kind("a number above 0", lambda value: _is_number(value) and value > 0)
+_WHOLE = _kind("a whole number", lambda value: type(value) is int and 0 <= value <= LARGEST)
+
+
+def _list_of(check: Check) -> Check:
+    def inside(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return f" is {shortened(value)}, expected a list"
+        found = ((i, check(item)) for i, item in enumerate(value))
+        return next((f"[{i}]{problem}" for i, problem in found if problem), None)
+
+    return inside
+
+
+def _mapping_of(check: Check) -> Check:
+    def inside(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return f" is {shortened(value)}, expected a mapping"
+        found = ((key, check(item)) for key, item in value.items())
+        return next((f".{key}{problem}" for key, problem in found if problem), None)
+
+    return inside
+
+
+def _record(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    def inside(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return f" is {shortened(value)}, expected a mapping"
+        missing = [name for name in needed if name not in value]
+        if missing:
+            return f" lacks {', '.join(missing)}"
+        checks = {**needed, **(optional or {})}
+        found = ((name, checks[name](value[name])) for name in checks if name in value)
+        return next((f".{name}{problem}" for name, problem in found if problem), None)
+
+    return inside
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+_PLACE = {"dataset": _TEXT, "model": _TEXT, "regularizers": _TEXT, "seed": _WHOLE}
+_LAYER = _record({"name": _TEXT, "num_parameters": _WHOLE, "trace": _NUMBER, "stderr": _MAYBE})
+_TRACE = _record({"trace": _MAYBE, "stderr": _MAYBE}, {"per_layer": _list_of(_LAYER)})
+_SUMMARY = _record(
+    {
+        **_PLACE, "epochs": _WHOLE, "train_loss": _NUMBER, "train_accuracy": _NUMBER,
+        "val_accuracy": _MAYBE, "test_loss": _NUMBER, "test_accuracy": _NUMBER, "trace": _TRACE,
+        "seconds": _NUMBER,
+    },
+    {
+        "calibration_error": _MAYBE, "input_jacobian": _MAYBE, "top_eigenvalue": _MAYBE,
+        "trace_penalty": _or_null(_record({"curvature": _TEXT, "reason": _TEXT})),
+    },
+)  # fmt: skip
+_DIVERGED = _record(_PLACE, {"reason": _TEXT})
+_EPOCH = _record({"epoch": _WHOLE, "train_loss": _MAYBE}, {"val_accuracy": _MAYBE})
+
+
+def read_summary(file: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where there is none, or one of another schema.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    if not _is_there(file):
+        return None
+    summary = _read(file)
+    if isinstance(summary, dict) and summary.get("schema") not in (None, RUN_SCHEMA):
+        return None
+    return _checked(summary, _SUMMARY, file, "remove it and --resume the run")
+
+
+def read_diverged(file: Path) -> dict[str, Any]:
+    """The note of a run that stopped with a loss that is not finite.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    return _checked(_read(file), _DIVERGED, file, "remove it, and the run is tried again")
+
+
+def read_chosen(file: Path) -> list[str] | None:
+    """The names of the runs whose strength was chosen; None where there was no choice.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    if not _is_there(file):
+        return None
+    return _checked(_read(file), _list_of(_TEXT), file, "repeat the comparison")
+
+
+def read_planned(file: Path) -> dict[str, dict[str, Any]]:
+    """What the runs of a comparison are, by their folders, those not begun included.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    return _checked(_read(file), _mapping_of(_record(_PLACE)), file, "repeat the comparison")
+
+
+def read_costs(file: Path) -> dict[str, float]:
+    """The time of a step over that of `none`, by regularizer; nothing where it was not measured.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    if not _is_there(file):
+        return {}
+    return _checked(_read(file), _mapping_of(_POSITIVE), file, "remove it")
+
+
+def read_epochs(file: Path) -> list[dict[str, Any]]:
+    """The metrics of the epochs that are done; a last line that is not whole is left out.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    if not _is_there(file):
+        return []
+    lines = text_of(file).splitlines(keepends=True)
+    epochs = [_parsed(line, file) for line in lines if line.endswith("\n") and line.strip()]
+    return [_checked(epoch, _EPOCH, file, "remove it") for epoch in epochs]
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if not is_file(file) and (file.exists() or file.is_symlink()):
+        raise ConfigError(f"{str(file)!r} is no file; remove it")
+    return is_file(file)
+
+
+def text_of(file: Path) -> str:
+    """What a text file holds.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{str(file)!r} cannot be read: {problem}") from problem
+
+
+def _read(file: Path) -> Any:
+    return _parsed(text_of(file), file)
+
+
+def _parsed(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_int=_whole_of)
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"{str(file)!r} is damaged, no JSON: {problem}; remove it") from problem
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"it holds {constant}")
+
+
+def _whole_of(digits: str) -> int | float:
+    return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _checked(value: Any, check: Check, file: Path, advice: str) -> Any:
+    problem = check(value)
+    if problem is not None:
+        raise ConfigError(f"{str(file)!r} is damaged: it{problem}; {advice}")
+    return value
