@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,3 +29,67 @@ def cast_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         dtype: A real floating-point type.
     """
     return model.to(device)._apply(lambda tensor: cast(tensor, dtype))
+
+
+_DOUBLED = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+class _InDouble(TorchFunctionMode):
+    """Casts to a lower precision, which a model makes itself, become casts to double."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func in _CASTS else func
+        args = tuple(_double_type(each) for each in args)
+        return func(*args, **{name: _double_type(each) for name, each in (kwargs or {}).items()})
+
+
+def _double_type(argument: Any) -> Any:
+    return _DOUBLED.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+
+
+@contextmanager
+def on_copies(model: nn.Module, *, double: bool) -> Iterator[None]:
+    """For a while the model's tensors hold copies of their data, in double precision if asked for.
+
+    The tensors stay the same objects, so that whatever else refers to them sees the copies too;
+    afterwards they hold what they held, to the bit. In double precision everything that the model
+    computes is in double, what it creates or casts to float32 itself included, so that
+    differences of it are not drowned in rounding.
+
+    Args:
+        model: Its parameters, buffers and other tensor attributes.
+        double: Whether floating-point and complex data is widened.
+    """
+    before = [(tensor, tensor.data, tensor.grad) for tensor in _tensors(model)]
+    default = torch.get_default_dtype()
+    try:
+        for tensor, data, grad in before:
+            if grad is not None:
+                tensor.grad = None
+            tensor.data = cast(data.clone(), torch.float64) if double else data.clone()
+        if not double:
+            yield
+            return
+        torch.set_default_dtype(torch.float64)
+        with _InDouble():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        for tensor, data, grad in before:
+            tensor.data = data
+            if grad is not None:
+                tensor.grad = grad
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    found: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        found |= {id(t): t for t in vars(module).values() if isinstance(t, Tensor) and t.is_leaf}
+    return list(found.values())

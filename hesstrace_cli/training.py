@@ -29,7 +29,7 @@ from hesstrace_cli.precision import run_in_precision
 from hesstrace_cli.randomness import derived_seed, stream_generator
 from hesstrace_cli.records import RUN_SCHEMA
 from hesstrace_cli.regularizers import Part, Regularizer, build
-from hesstrace_cli.regularizers.trace import CurvatureChoice, choose_curvature
+from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
 from hesstrace_cli.reporting.events import Events
 from hesstrace_cli.resume import check_state
 from hesstrace_cli.runs import RunFolder, default_folder
@@ -40,6 +40,7 @@ from hesstrace_cli.summary import summarize
 from hesstrace_cli.sync_norm import sync_norms
 
 _MONITORED_EXAMPLES = 500
+_TRIED_EXAMPLES = 16  # in double precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Run:
         self.curvature = self._choose_curvature()
         self.regularizers = self._build_regularizers()
         self._check_parts()
+        self._check_derivatives()
         norms = sync_norms(self.model, self.ranks) if config.sync_bn else None
         self.stepper = Stepper(
             config, self._objective(), self.regularizers, self.optimizer, self.ranks,
@@ -215,6 +217,21 @@ class Run:
         if smoothing:
             self.task = self.task.smoothed(smoothing)
         return regularizers
+
+    def _check_derivatives(self) -> None:
+        """Choose how a trace penalty is differentiated, by a trial on the first examples.
+
+        A resumed run chooses the same: it tries the same weights, those that the run began with.
+        """
+        for penalty in self._penalties():
+            generator = Generator().manual_seed(derived_seed(self.config.seed, "order"))
+            order = torch.randperm(len(self.data.train), generator=generator)
+            rows = order[: min(_TRIED_EXAMPLES, self.config.batch_size)]
+            X, y = next(self.data.train.parts([rows]))
+            penalty.check(self._objective(), X, y)
+
+    def _penalties(self) -> list[TracePenalty]:
+        return [r for r in self.regularizers if isinstance(r, TracePenalty)]
 
     def _objective(self) -> Objective:
         return Objective(self.model, trainable(self.model), self.task)
@@ -423,4 +440,8 @@ class Run:
             return None
         names = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
         settings = {name: getattr(self.config, name) for name in names}
-        return {**dataclasses.asdict(self.curvature), **settings}
+        engine = {}
+        for penalty in self._penalties():
+            engine = dataclasses.asdict(penalty.engine)
+            del engine["others"]
+        return {**dataclasses.asdict(self.curvature), **engine, **settings}

@@ -6,24 +6,21 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hesstrace_cli.curvature.finite import slopes
-from hesstrace_cli.curvature.graph import gradient
-from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import Params
-from hesstrace_cli.curvature.refusal import refuse
-from hesstrace_cli.errors import HesstraceError
-from hesstrace_cli.failures import is_of_the_machine
 
 GOOD = ("right", "replaced", "yes", "no", "measured")
-NEARER_STEPS = (1e-7, 1e-8, 1e-9)  # for first differences, which are less noisy
-_TOLERANCE = 1e-4  # relative; ten times as much for a gradient, whose differences are noisier
+TOLERANCE = 1e-4
+"""Relative, of a value in double precision; ten times as much for a gradient."""
+
+_LEAST = 0.01  # of the largest tensor's part of a gradient: smaller parts are held to this
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,111 +49,100 @@ def pinned(X: Tensor) -> Iterator[None]:
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """Differences of the unmodified model, one a step: of the value, and of its slope along u."""
-
-    values: list[float]
-    slopes: list[float]
-
-
-def judge(
-    name: str,
-    engine: Callable[[], Tensor],
-    truth: Truth,
-    objective: Objective,
-    X: Tensor,
-    u: Params,
-) -> list[Row]:
-    """A row for an engine's value and one for its gradient, or one that says it has none.
-
-    Args:
-        name: Of the check.
-        engine: Gives the value, a 0-dim tensor, at the objective's parameters.
-        truth: What to compare with.
-        objective: Names the module that has no derivative.
-        X: The batch.
-        u: The direction along which the gradient is looked at.
-    """
-    params = objective.params
-    try:
-        with pinned(X):
-            value = engine()
-            if not value.requires_grad:
-                return [compared(f"{name}, value", value.item(), truth.values)]
-            grads = gradient(value, params)
-        slope = torch.stack([(grads[n] * u[n]).sum() for n in u]).sum().item()
-        rows = [compared(f"{name}, value", value.item(), truth.values)]
-        row = compared(f"{name}, gradient", slope, truth.slopes, tolerance=10 * _TOLERANCE)
-        if row.verdict == "unsettled" and rows[0].verdict == "right":
-            # Kinks all around: differences of its own value, which is right, take shorter steps.
-            own = slopes(partial(_engine_at, engine, params, u, X), NEARER_STEPS)
-            row = compared(f"{name}, gradient", slope, own, tolerance=10 * _TOLERANCE)
-        return [*rows, row]
-    except (RuntimeError, NotImplementedError, TypeError) as problem:
-        if is_of_the_machine(problem):
-            raise
-        if "taylor" in name:  # the next mode knows better which module it is
-            return [Row(name, "refused", one_line(problem))]
-        reason = refuse(problem, objective, X)
-        if not isinstance(reason, HesstraceError):
-            raise reason from problem
-        return [Row(name, "refused", str(reason))]
-
-
-def _engine_at(
-    engine: Callable[[], Tensor], params: Params, u: Params, X: Tensor, t: float
-) -> float:
-    """The engine's value at w + t u."""
-    before = {n: p.detach().clone() for n, p in params.items()}
-    try:
-        with torch.no_grad():
-            for n, part in u.items():
-                params[n].add_(part, alpha=t)
-        with pinned(X):
-            return engine().item()
-    finally:
-        with torch.no_grad():
-            for n, p in before.items():
-                params[n].copy_(p)
-
-
 def one_line(problem: Exception) -> str:
     """What an exception says, shortened."""
     return textwrap.shorten(" ".join(str(problem).split()), 160, placeholder=" ...")
 
 
-def compared(name: str, value: float, truths: list[float], tolerance: float = _TOLERANCE) -> Row:
+def compared(
+    name: str, value: float, truths: Iterable[float], tolerance: float = TOLERANCE, scale: float = 0
+) -> Row:
     """Right if it agrees with the differences for one step; wrong if these agree with each other.
 
     Where neither holds, as with kinks everywhere, differences cannot tell.
+
+    Args:
+        name: Of the check.
+        value: What an engine gives.
+        truths: Differences, one a step; no more are taken than are needed.
+        tolerance: Relative.
+        scale: A size of what the value is a sum of, which errors are relative to where it is
+            larger than the value.
     """
     if not math.isfinite(value):
-        return Row(name, "wrong", f"{value:g}, by differences {truths[-1]:.6g}")
+        return Row(name, "wrong", f"it is {value:g}")
 
     def near(a: float, b: float) -> bool:
-        return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9)
+        return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9, scale)
 
-    truth = min(truths, key=lambda t: abs(t - value))
-    detail = f"{value:.6g}, by differences {truth:.6g}"
-    if near(value, truth):
-        return Row(name, "right", detail)
-    settled = len(truths) == 1 or any(near(a, b) for a, b in itertools.pairwise(truths))
-    return Row(name, "wrong" if settled else "unsettled", detail)
+    verdict, truth = _verdict(value, truths, near, lambda a, b: abs(a - b))
+    return Row(name, verdict, f"{value:.6g}, by differences {truth:.6g}")
 
 
-def with_fallbacks(engines: Mapping[str, list[Row]], *, is_random: bool) -> Iterator[Row]:
-    """Where another mode has the derivative, one that has not is no fault.
+def compared_gradients(
+    name: str, found: Params, truths: Iterable[Params], u: Params, tolerance: float
+) -> Row:
+    """The same for a gradient, which has to agree in each tensor.
 
-    Nor is one whose pass draws other random numbers than an ordinary pass, as attention's dropout
-    does in forward mode; reverse mode, whose passes are ordinary ones, then decides.
+    Args:
+        name: Of the check.
+        found: By an engine.
+        truths: By differences, one a step.
+        u: A direction with entries of the weights' sizes; the figures shown are along it.
+        tolerance: Relative, of each tensor's part.
     """
-    works = [name for name, rows in engines.items() if all(r.verdict != "refused" for r in rows)]
-    decided = is_random and all(row.verdict == "right" for row in engines["reverse"])
+    if not all(torch.isfinite(part).all() for part in found.values()):
+        return Row(name, "wrong", "it is not finite")
+    weight = {n: part.norm().item() / math.sqrt(max(1, part.numel())) for n, part in u.items()}
+
+    def errors(a: Params, b: Params) -> dict[str, float]:
+        sizes = {n: weight[n] * b[n].norm().item() for n in u}
+        least = max(_LEAST * max(sizes.values()), 1e-9)
+        return {n: weight[n] * (a[n] - b[n]).norm().item() / max(sizes[n], least) for n in u}
+
+    def worst(a: Params, b: Params) -> float:
+        return max(errors(a, b).values())
+
+    verdict, truth = _verdict(found, truths, lambda a, b: worst(a, b) <= tolerance, worst)
+    along = [torch.stack([(g[n] * u[n]).sum() for n in u]).sum().item() for g in (found, truth)]
+    detail = f"{along[0]:.6g}, by differences {along[1]:.6g}"
+    if verdict != "right":
+        off = errors(found, truth)
+        at = max(off, key=off.__getitem__)
+        detail += f"; it is off by {off[at]:.2g} of its size in {at!r}"
+    return Row(name, verdict, detail)
+
+
+def _verdict(
+    found: T,
+    truths: Iterable[T],
+    near: Callable[[T, T], bool],
+    distance: Callable[[T, T], float],
+) -> tuple[str, T]:
+    """The verdict, and the difference that comes nearest."""
+    seen: list[T] = []
+    for truth in truths:
+        if near(found, truth):
+            return "right", truth
+        seen.append(truth)
+    if not seen:
+        return "unsettled", found
+    settled = len(seen) == 1 or any(near(a, b) for a, b in itertools.pairwise(seen))
+    distances = [distance(found, truth) for truth in seen]
+    nearest = min(range(len(seen)), key=lambda i: (math.isnan(distances[i]), distances[i]))
+    return "wrong" if settled else "unsettled", seen[nearest]
+
+
+def with_fallbacks(engines: Mapping[str, list[Row]]) -> Iterator[Row]:
+    """Where one mode is right, another that is not is no fault.
+
+    Training checks the modes in the same way before its first step, and takes the first that is
+    right.
+    """
+    works = [name for name, rows in engines.items() if all(r.verdict == "right" for r in rows)]
     for row in itertools.chain(*engines.values()):
-        if row.verdict == "refused" and works:
-            yield Row(row.check, "no", f"{works[0]} mode is taken: {row.detail}")
-        elif row.verdict in ("wrong", "unsettled") and decided:
-            yield Row(row.check, "no", f"other random numbers than an ordinary pass: {row.detail}")
+        if row.verdict != "right" and works:
+            what = "" if row.verdict == "refused" else f"{row.verdict}: "
+            yield Row(row.check, "no", f"{works[0]} mode is taken: {what}{row.detail}")
         else:
             yield row

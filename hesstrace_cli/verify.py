@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.casting import cast_model
 from hesstrace_cli.config import DataConfig, TrainConfig, VerifyConfig
-from hesstrace_cli.curvature.differentiable import differentiable_ops, replacements
-from hesstrace_cli.curvature.finite import STEPS, mixed, slopes
-from hesstrace_cli.curvature.ggn import trace_sample
-from hesstrace_cli.curvature.graph import check_graph, gradient
-from hesstrace_cli.curvature.hessian import Mode, hvp, quadratic_form
+from hesstrace_cli.curvature.differentiable import is_replaced
+from hesstrace_cli.curvature.hessian import Mode
 from hesstrace_cli.curvature.linearity import why_not_linear
 from hesstrace_cli.curvature.objective import (
     Objective,
@@ -27,46 +21,44 @@ from hesstrace_cli.curvature.objective import (
     draws_random_numbers,
     trainable,
 )
-from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
 from hesstrace_cli.data import load_data
+from hesstrace_cli.derivatives import Check, checked
+from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.estimation import versions
-from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.precision import full_precision
 from hesstrace_cli.stepcost import step_costs
 from hesstrace_cli.verdicts import (
     GOOD,
-    NEARER_STEPS,
     Row,
-    Truth,
-    judge,
-    one_line,
     pinned,
     with_fallbacks,
 )
 
 SCHEMA = "hesstrace/verify/1"
 _MOST_NAMED = 3
-_ENGINES = ("taylor", "forward", "reverse")
+_ENGINES: tuple[Mode, ...] = ("taylor", "forward", "reverse")
+_PRECISION = ": checked in float64"
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Check the derivatives of a model against finite differences of itself, in float64.
+    """Check the derivatives of a model against finite differences of itself.
+
+    In float64, or in the model's own precision where it cannot run in that.
 
     Raises:
         HesstraceError: If the model or the data cannot be built.
     """
     device = select_device(config.device)
-    data = load_data(config, device, dtype=torch.float64)
+    data = load_data(config, device)
     model = build_model(
         config.model, num_classes=data.num_classes, in_shape=data.in_shape,
         model_args=config.model_arg, seed=config.seed,
     )  # fmt: skip
-    cast_model(model, device, torch.float64)
+    model = model.to(device)
     check_fit(model, data, config.model)
     check_training_output(model, data, config.model)
-    _move_aside(model, config.seed)
     X, y = next(data.train.batches(config.batch_size))
     again, _ = next(data.train.batches(config.batch_size))
     rows = [_data_repeats(torch.equal(X, again))]
@@ -84,7 +76,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "dataset": data.name,
         "right": good,
         "rows": [dataclasses.asdict(row) for row in rows],
-        "dtype": "float64",
+        "dtype": "float32" if any(row.check.endswith(_PRECISION) for row in rows) else "float64",
         "device": str(device),
         "seed": config.seed,
         "versions": versions(),
@@ -96,15 +88,6 @@ def _data_repeats(same: bool) -> Row:
         return Row("data: results repeat", "yes", "read twice, the same examples in the same order")
     detail = "read twice, the first batch differs: the data set draws random numbers or an order"
     return Row("data: results repeat", "refused", detail)
-
-
-def _move_aside(model: nn.Module, seed: int) -> None:
-    """A little beside the initial weights: with biases of 0 many a unit sits on its kink there."""
-    generator = Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            p.add_(noise, alpha=0.01 * max(1.0, p.abs().mean().item()))
 
 
 def _costs(config: VerifyConfig) -> Iterator[Row]:
@@ -128,64 +111,29 @@ def _costs(config: VerifyConfig) -> Iterator[Row]:
 
 
 def _rows(objective: Objective, X: Tensor, y: Tensor, mode: str, seed: int) -> Iterator[Row]:
-    model, task = objective.model, objective.task
+    model = objective.model
     repeats = _repeats(model, X, mode)
     yield repeats
     if repeats.verdict == "refused":
         return
     yield from (Row(f"{mode}: {what}", "replaced", detail) for what, detail in _replaced(model, X))
-    generator = Generator(X.device).manual_seed(seed)
-    params = objective.params
-
-    def direction() -> dict[str, Tensor]:
-        return {
-            n: torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-            * p.detach().abs().mean().clamp(min=1e-3)
-            for n, p in params.items()
-        }  # fmt: skip
-
-    v, u = direction(), direction()
-
-    def native(t: float, s: float = 0.0) -> float:
-        """The slope of the unmodified model's loss along v, at w + t v + s u."""
-        with pinned(X):
-            outputs, values = _displaced(model, params, X, [(t, v), (s, u)])
-            grads = gradient(task.loss(outputs, y), values)
-        return sum((grads[n] * v[n]).sum().item() for n in v)
-
     try:
-        truths, slopes_of_it = slopes(native, (*STEPS, *NEARER_STEPS)), mixed(native)
-    except (RuntimeError, NotImplementedError) as problem:
-        if is_of_the_machine(problem):
-            raise
-        yield Row(f"{mode}: the model's own gradient", "refused", one_line(problem))
+        with checked(objective, X, y, seed=seed, prefix=f"{mode}: ") as check:
+            yield from _of_check(check, mode)
+    except DerivativeError as problem:
+        yield Row(f"{mode}: the model's own gradient", "refused", str(problem))
         return
-    truth = Truth(truths, slopes_of_it)
-    engines: dict[str, list[Row]] = {}
-    for name in _ENGINES:
-        form = partial(
-            quadratic_form, lambda p: objective.loss(p, X, y), params, v, mode=cast(Mode, name)
-        )
-        engines[name] = judge(f"{mode}: v'Hv, {name} mode", form, truth, objective, X, u)
-    yield from with_fallbacks(engines, is_random=repeats.verdict == "no")
-    estimate = partial(_estimate, objective, X, y, v)
-    yield from judge(f"{mode}: v'Hv of the estimate", estimate, truth, objective, X, u)
-    yield from _judge_ggn(mode, objective, X, y, u, generator)
     if mode == "eval":
-        why = why_not_linear(call_as_it_is(model, X), params)
+        why = why_not_linear(call_as_it_is(model, X), objective.params)
         yield Row("eval: tr(H) = tr(G)", "no" if why else "yes", why or "piecewise linear")
 
 
-def _displaced(
-    model: nn.Module, params: Params, X: Tensor, moves: Sequence[tuple[float, Params]]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The unmodified model's logits at displaced parameters, and these, as leaves."""
-    values = {n: p.detach().clone() for n, p in params.items()}
-    for size, direction in moves:
-        for name, part in direction.items():
-            values[name] += size * part
-    leaves = {n: value.requires_grad_() for n, value in values.items()}
-    return call_as_it_is(model, X, leaves), leaves
+def _of_check(check: Check, mode: str) -> Iterator[Row]:
+    if check.note is not None:
+        yield Row(f"{mode}{_PRECISION}", "no", check.note)
+    yield from with_fallbacks({engine: check.hessian(engine) for engine in _ENGINES})
+    yield from check.estimate()
+    yield from check.ggn()
 
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
@@ -204,46 +152,6 @@ def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
     return Row(name, "refused", "it draws random numbers (Dropout): its loss has no one Hessian")
 
 
-def _estimate(objective: Objective, X: Tensor, y: Tensor, v: Params) -> Tensor:
-    params = objective.params
-    grad = gradient(objective.loss(params, X, y), params, create_graph=True)
-    check_graph(*grad.values())
-    product = hvp(grad, params, v)
-    return torch.stack([(product[n] * v[n]).sum() for n in v]).sum().detach()
-
-
-def _judge_ggn(
-    mode: str, objective: Objective, X: Tensor, y: Tensor, u: Params, generator: Generator
-) -> Iterator[Row]:
-    """The penalty on tr(G): its gradient against differences of its value, taken natively."""
-    params, model, task = objective.params, objective.model, objective.task
-    num_terms = task.num_terms(y)
-    keep = draw_keep(params, scheme="none", keep_prob=1.0, generator=generator)
-    signs = rademacher(call_as_it_is(model, X).detach(), generator=generator)
-
-    def native(t: float) -> float:
-        with pinned(X):
-            outputs, values = _displaced(model, params, X, [(t, u)])
-            cotangent = task.root(outputs.detach(), y, signs)
-            grads = torch.autograd.grad(
-                outputs, list(values.values()), cotangent, materialize_grads=True
-            )
-        return sum(g.square().sum().item() for g in grads) / num_terms
-
-    def engine() -> Tensor:
-        buffers = {n: b.clone() for n, b in model.named_buffers()}
-        with differentiable_ops(order=2):
-            outputs = functional_call(model, {**params, **buffers}, (X,))
-        parts = trace_sample(outputs, params, task.root(outputs, y, signs), keep, num_terms)
-        value = torch.stack(list(parts.values())).sum()
-        check_graph(value)
-        return value
-
-    name = f"{mode}: penalty on tr(G)"
-    truth = Truth([native(0.0)], slopes(native, (*STEPS, *NEARER_STEPS)))
-    yield from judge(name, engine, truth, objective, X, u)
-
-
 class _Watch(TorchFunctionMode):
     """Notes which replaced operations are called, and in which module."""
 
@@ -253,7 +161,7 @@ class _Watch(TorchFunctionMode):
         self.found: list[tuple[str, str]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in replacements() or func is F.scaled_dot_product_attention:
+        if is_replaced(func, args, kwargs or {}) or func is F.scaled_dot_product_attention:
             self.found.append((func.__name__, self.stack[-1] if self.stack else "the model"))
         return func(*args, **(kwargs or {}))
 
@@ -263,6 +171,8 @@ def _replaced(model: nn.Module, X: Tensor) -> Iterator[tuple[str, str]]:
     watch = _Watch()
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            continue
         label = f"{name or 'the model'} ({type(module).__name__})"
         handles.append(module.register_forward_pre_hook(
             lambda _m, _i, label=label: watch.stack.append(label)

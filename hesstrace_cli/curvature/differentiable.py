@@ -3,7 +3,8 @@
 The fused kernels of several operations have a first derivative that is right and a second or
 third one that is missing or, without an error, wrong: batch, instance and layer norm in nested
 forward mode and in third derivatives; `weight_norm` already in second ones; flash attention,
-`hardsigmoid` and cuDNN's recurrent layers have no second derivative at all. Inside
+`hardsigmoid` and cuDNN's recurrent layers have no second derivative at all; the padding row of an
+embedding is held fixed in reverse mode alone. Inside
 `differentiable_ops()` each is written from primitive operations instead, for any model, whether
 it calls a module or a function. Values agree with the fused kernels to rounding.
 """
@@ -152,6 +153,71 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return input * hardsigmoid(input)
 
 
+def _padding_read(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *_args: Any, **_kwargs: Any
+) -> tuple[Tensor, Tensor, int | None]:
+    """Which rows a call of `F.embedding` reads, of what, and which of them is padding."""
+    return input, weight, None if padding_idx is None else padding_idx % weight.shape[0]
+
+
+def _padding_read_natively(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, *_args: Any, **_kwargs: Any
+) -> tuple[Tensor, Tensor, int | None]:
+    """The same of `torch.embedding`, where -1 is no padding."""
+    return indices, weight, None if padding_idx < 0 else padding_idx
+
+
+_EMBEDDINGS: dict[Any, Callable[..., tuple[Tensor, Tensor, int | None]]] = {
+    F.embedding: _padding_read,
+    torch.embedding: _padding_read_natively,
+}
+
+
+def _with_fixed_padding(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The padding row is held fixed in forward mode too, as it is in reverse mode."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        rows = func(*args, **kwargs)
+        input, _, padding = _EMBEDDINGS[func](*args, **kwargs)
+        if padding is None:
+            return rows
+        return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
+
+    return call
+
+
+class HeldPadding(TorchFunctionMode):
+    """Keeps the padding rows of embeddings as they were when each was first read.
+
+    Autograd gives a padding row no gradient though the loss depends on it: differences of a loss
+    have to be taken with it held. The passes must be of one model on one batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: list[Tensor] = []
+        self._read = 0
+
+    def __enter__(self) -> HeldPadding:
+        """Begin a pass."""
+        self._read = 0
+        super().__enter__()
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rows = func(*args, **(kwargs or {}))
+        if func not in _EMBEDDINGS:
+            return rows
+        input, weight, padding = _EMBEDDINGS[func](*args, **(kwargs or {}))
+        if padding is None:
+            return rows
+        if self._read == len(self._rows):
+            self._rows.append(weight[padding].detach().clone())
+        held = self._rows[self._read]
+        self._read += 1
+        return torch.where((input == padding).unsqueeze(-1), held, rows)
+
+
 def _without_cudnn(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         cudnn = torch.backends.cudnn
@@ -210,13 +276,16 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
 
 _ANY_ORDER: dict[Any, Callable[..., Any]] = {
     **_SECOND_ORDER,
+    **{operation: _with_fixed_padding(operation) for operation in _EMBEDDINGS},
     **{operation: _in_full_precision(norm) for operation, norm in _NORMS.items()},
 }
 
 
-def replacements() -> dict[Any, Callable[..., Any]]:
-    """What each operation is replaced by where derivatives of any order are needed."""
-    return dict(_ANY_ORDER)
+def is_replaced(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call is replaced where derivatives of any order are needed."""
+    if func in _EMBEDDINGS:
+        return _EMBEDDINGS[func](*args, **kwargs)[2] is not None
+    return func in _ANY_ORDER
 
 
 class _ReplaceOperations(TorchFunctionMode):

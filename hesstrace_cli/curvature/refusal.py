@@ -44,6 +44,7 @@ def _innermost_at_fault(objective: Objective, X: Tensor) -> tuple[str, nn.Module
             with_kwargs=True,
         )
         for name, module in objective.model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
     ]
     try:
         objective.outputs(objective.params, X)

@@ -12,7 +12,7 @@ an activation stacked along the batch: 5 products for v^T H v where nested forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ class Jet(Tensor):
 
     Attributes:
         parts: (x0, x1, x2), tensors of one shape with the graphs of their own.
+        shares: Whether another curve may be a view of the same memory, or this one of another's.
     """
 
     parts: tuple[Tensor, Tensor | None, Tensor | None]
+    shares: bool
 
     @staticmethod
     def __new__(cls, value: Any, first: Tensor | None, second: Tensor | None) -> Jet:
@@ -40,6 +42,7 @@ class Jet(Tensor):
             cls, value.shape, dtype=value.dtype, device=value.device, layout=value.layout
         )
         jet.parts = (value, first, second)
+        jet.shares = False
         return jet
 
     @classmethod
@@ -52,10 +55,18 @@ class Jet(Tensor):
         kwargs = dict(kwargs or {})
         writes = bool(kwargs.pop("inplace", False)) or func in _IN_PLACE
         func = _IN_PLACE.get(func, func)
-        if _writes_otherwise(func) or "out" in kwargs or (writes and not isinstance(args[0], Jet)):
+        if (
+            _writes_otherwise(func)
+            or kwargs.get("out") is not None
+            or (writes and not isinstance(args[0], Jet))
+        ):
             raise NotImplementedError(f"{_name(func)} writes into a tensor")
+        if writes and args[0].shares:
+            raise NotImplementedError(f"{_name(func)} writes into memory that another tensor views")
         with torch._C.DisableTorchFunctionSubclass():
             result = _RULES.get(func, _general)(func, *args, **kwargs)
+            if not writes:
+                _mark_views(result, (*args, *kwargs.values()))
         if writes:
             args[0].parts = result.parts
             return args[0]
@@ -69,11 +80,35 @@ class Jet(Tensor):
         raise NotImplementedError(f"no Taylor rule for {func}")
 
 
+def _mark_views(result: Any, arguments: Sequence[Any]) -> None:
+    """Note which of an operation's results and operands share memory."""
+    operands = {_memory(each): each for each in _jets(arguments)}
+    for each in _jets(result if isinstance(result, (tuple, list)) else [result]):
+        operand = operands.get(_memory(each))
+        if operand is not None and operand is not each:
+            operand.shares = each.shares = True
+
+
+def _jets(values: Sequence[Any]) -> Iterator[Jet]:
+    for value in values:
+        if isinstance(value, Jet):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (each for each in value if isinstance(each, Jet))
+
+
+def _memory(jet: Jet) -> int:
+    return jet.parts[0].untyped_storage().data_ptr()
+
+
 def along(function: Callable[[Tensor], Any], jet: Tensor) -> Any:
     """A linear function of one tensor, part by part; tuples of tensors come out as tuples."""
     if not isinstance(jet, Jet):
         return function(jet)
-    outs = [None if part is None else function(part) for part in jet.parts]
+    value = function(jet.parts[0])
+    if isinstance(value, Tensor) and not _is_curve(value):  # cast to integers: a constant
+        return value
+    outs = [value, *(None if part is None else function(part) for part in jet.parts[1:])]
     if isinstance(outs[0], (tuple, list)):
         columns = [[None] * len(outs[0]) if out is None else out for out in outs]
         return tuple(Jet(*three) for three in zip(*columns, strict=True))
@@ -195,7 +230,7 @@ def _general(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = random_state(x0[0].device) if func in _RANDOM else None
     leaves, out_spec = tree_flatten(at(*x0))
     curves = [i for i, o in enumerate(leaves)
-              if isinstance(o, Tensor) and o.is_floating_point()]  # fmt: skip
+              if isinstance(o, Tensor) and _is_curve(o)]  # fmt: skip
     if not curves:  # a shape, a comparison
         return tree_unflatten(leaves, out_spec)
     if all(part is None for i in places for part in flat[i].parts[1:]):
@@ -225,8 +260,13 @@ def _dense(jet: Jet, k: int) -> Tensor:
     part = jet.parts[k]
     if part is None:
         return torch.zeros_like(jet.parts[0])
+    part = part.to(jet.parts[0].dtype)  # a real curve may have met a complex constant
     expanded = any(step == 0 and n > 1 for step, n in zip(part.stride(), part.shape, strict=True))
     return part.clone() if expanded else part
+
+
+def _is_curve(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _name(func: Any) -> str:

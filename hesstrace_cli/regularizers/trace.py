@@ -27,10 +27,11 @@ from hesstrace_cli.curvature.ggn import (
     traces_of,
 )
 from hesstrace_cli.curvature.graph import check_graph
-from hesstrace_cli.curvature.hessian import Mode, loss_and_form, quadratic_form
+from hesstrace_cli.curvature.hessian import loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
 from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.derivatives import FAILURES, Engine, choose_engine
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 from hesstrace_cli.schedule import ramp
@@ -80,9 +81,21 @@ class TracePenalty(Regularizer):
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
             self.scheme = cast(Scheme, config.dropout_scheme)
-        self._mode: Mode = "taylor"
+        self.engine = Engine("taylor", "not checked")
         self._graph_checked = False
         self._compiled: Callable[..., Tensor] | None = None
+
+    def check(self, objective: Objective, X: Tensor, y: Tensor) -> None:
+        """Choose the derivatives to take by a trial on some of the first batch.
+
+        Raises:
+            DerivativeError: If none is right for this model.
+        """
+        config = self.config
+        self.engine = choose_engine(
+            objective, X, y, curvature=config.curvature, compiled=config.compile,
+            single=config.precision == "float32", seed=config.seed,
+        )  # fmt: skip
 
     def weight(self, progress: float) -> float:
         """Lambda after this share of the run."""
@@ -122,7 +135,7 @@ class TracePenalty(Regularizer):
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """For tr(H) by Taylor propagation."""
-        by_taylor = self.config.curvature == "hessian" and self._mode == "taylor"
+        by_taylor = self.config.curvature == "hessian" and self.engine.engine == "taylor"
         return by_taylor and not self.config.compile and self._is_active(index, progress)
 
     def _root_gradients(self, step: Step) -> Iterator[tuple[Params, dict[str, Tensor]]]:
@@ -193,24 +206,21 @@ class TracePenalty(Regularizer):
             # Weighted in here, as synced norms sum what is differentiated over the parts.
             return step.part.share * objective.loss(params, step.X, step.targets)
 
-        while True:
+        engine = self.engine
+        for mode in (engine.engine, *engine.others):
             try:
-                if self._mode == "taylor":
+                if mode == "taylor":
                     pairs = [loss_and_form(loss, objective.params, v) for v in probes]
                     return [form for _, form in pairs], pairs[0][0]
-                forms = [quadratic_form(loss, objective.params, v, mode=self._mode) for v in probes]
+                forms = [quadratic_form(loss, objective.params, v, mode=mode) for v in probes]
                 return forms, None if step.loss.requires_grad else loss(objective.params)
-            except Exception as problem:
+            except FAILURES as problem:
                 if is_of_the_machine(problem):
                     raise
-                # An operation without a rule, or without a forward derivative: the next mode may
-                # still have all three, and says what is wrong where it has not.
-                if self._mode == "reverse" or not isinstance(problem, _NO_DERIVATIVE):
-                    raise
-                self._mode = "forward" if self._mode == "taylor" else "reverse"
-
-
-_NO_DERIVATIVE = (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError)
+                # What this batch does may have no rule; another mode was found right as well. Not
+                # kept for later steps: a resumed run would not know of it.
+                failed = problem
+        raise failed
 
 
 def _sample(

@@ -1,0 +1,534 @@
+"""The derivatives that penalties and estimates take of a model, against differences of itself.
+
+The truth is the gradient of the unmodified model's loss at displaced weights, moved in place so
+that whatever reads them by another name sees it: g(w + h v). Its first difference is H v, its
+second one the gradient of v^T H v. Where the model has kinks, which only short steps avoid, the
+latter is taken as a first difference of H v, once that is known to be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor
+from torch.func import functional_call
+
+from hesstrace_cli.casting import cast, on_copies
+from hesstrace_cli.curvature.differentiable import HeldPadding, differentiable_ops
+from hesstrace_cli.curvature.ggn import trace_sample, trace_sample_at
+from hesstrace_cli.curvature.graph import check_graph, gradient, inner
+from hesstrace_cli.curvature.hessian import Mode, hvp, quadratic_form
+from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
+from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.errors import DerivativeError, HesstraceError
+from hesstrace_cli.failures import is_of_the_machine
+from hesstrace_cli.precision import full_precision
+from hesstrace_cli.verdicts import TOLERANCE, Row, compared, compared_gradients, one_line, pinned
+
+T = TypeVar("T")
+FAILURES = (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError)
+"""What an operation raises that has no derivative of some order, or no rule for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How differences are taken, and how nearly an engine has to agree with them.
+
+    Attributes:
+        value: Relative tolerance of a value.
+        gradient: Of each tensor's part of a gradient.
+        first: Steps of first differences, relative to the weights, the likeliest to do first: a
+            long one may cross a kink of the network, a short one drowns in rounding.
+        second: Steps of second differences.
+    """
+
+    value: float
+    gradient: float
+    first: Sequence[float]
+    second: Sequence[float]
+
+
+IN_DOUBLE = Accuracy(
+    TOLERANCE, 10 * TOLERANCE, (1e-5, 1e-6, 1e-7, 1e-4, 1e-8, 1e-9, 1e-3),
+    (1e-4, 1e-3, 3e-4, 3e-5, 1e-5),
+)  # fmt: skip
+IN_SINGLE = Accuracy(0.02, 0.1, (1e-2, 3e-3, 1e-3, 3e-2), (3e-2, 1e-2, 1e-1))
+
+
+def typical_size(params: Params) -> float:
+    """The mean absolute entry of a tensor of weights, those that are all 0 left out."""
+    sizes = [_size(p) for p in params.values() if p.numel()]
+    present = [size for size in sizes if size > 0]
+    return sum(present) / len(present) if present else 1.0
+
+
+def move_aside(params: Params, generator: Generator) -> None:
+    """Move the weights a little: with biases of 0 many a unit sits on its kink.
+
+    What is nearly 0, as a gate that begins closed, is moved by a typical weight's size: what is
+    behind it would not be seen otherwise.
+    """
+    typical = typical_size(params)
+    for p in params.values():
+        is_closed = _size(p) < 0.03 * typical
+        size = 0.3 * typical if is_closed else 0.01 * max(1.0, _size(p))
+        p.data.add_(_normal(p, generator), alpha=size)
+
+
+def _size(p: Tensor) -> float:
+    return p.detach().abs().mean().item() if p.numel() else 0.0
+
+
+def _normal(like: Tensor, generator: Generator) -> Tensor:
+    """Drawn in double precision, so that every precision sees the same."""
+    return torch.randn(
+        like.shape, generator=generator, device=like.device, dtype=torch.float64
+    ).to(like)  # fmt: skip
+
+
+def _over(steps: Sequence[float], difference: Callable[[float], T]) -> Iterator[T]:
+    """A difference for every step within which the model has a value."""
+    for step in steps:
+        try:
+            yield difference(step)
+        except FAILURES as problem:
+            if is_of_the_machine(problem):
+                raise
+
+
+class Check:
+    """The engines for a model's loss on one batch, each against differences.
+
+    Args:
+        objective: Its parameters are the model's own, which are moved in place and put back.
+        X: A batch.
+        y: Its targets.
+        generator: Of the directions looked along.
+        accuracy: To be expected of the model's precision.
+        prefix: Of the rows' names.
+        note: Why it is not in double precision, if it is not.
+    """
+
+    def __init__(
+        self, objective: Objective, X: Tensor, y: Tensor, generator: Generator,
+        accuracy: Accuracy = IN_DOUBLE, prefix: str = "", note: str | None = None,
+    ) -> None:  # fmt: skip
+        self.objective, self.X, self.y = objective, X, y
+        self.accuracy, self.prefix, self.note = accuracy, prefix, note
+        self._generator = generator
+        self.v, self.u = self._direction(), self._direction()
+        self._padding = HeldPadding()
+        self._gradients: dict[float, Params] = {}
+        self._product: Params | None = None
+        self._product_found = False
+        self.values: dict[Mode, float] = {}
+
+    def _direction(self) -> dict[str, Tensor]:
+        """Entries of the weights' sizes, and of a tenth of a typical weight's at least."""
+        params = self.objective.params
+        floor = 0.1 * typical_size(params)
+        return {
+            n: _normal(p, self._generator) * max(floor, _size(p)) for n, p in params.items()
+        }  # fmt: skip
+
+    def check_gradient(self) -> None:
+        """Take the model's own gradient, which fails where it has none."""
+        self._gradient_at(0.0)
+
+    @contextmanager
+    def displaced(self, direction: Params, size: float) -> Iterator[None]:
+        """The weights moved in place."""
+        params = self.objective.params
+        before = {n: params[n].detach().clone() for n in direction}
+        try:
+            for n, part in direction.items():
+                params[n].data.add_(part, alpha=size)
+            yield
+        finally:
+            for n, p in before.items():
+                params[n].data.copy_(p)
+
+    def _outputs(self) -> Tensor:
+        with self._padding:
+            return call_as_it_is(self.objective.model, self.X)
+
+    def _gradient_at(self, size: float) -> Params:
+        """The unmodified model's gradient at w + size v."""
+        if size not in self._gradients:
+            with pinned(self.X), self.displaced(self.v, size):
+                loss = self.objective.task.loss(self._outputs(), self.y)
+                self._gradients[size] = gradient(loss, self.objective.params)
+        return self._gradients[size]
+
+    def _first_difference(self, step: float) -> Params:
+        ahead, behind = self._gradient_at(step), self._gradient_at(-step)
+        return {n: (ahead[n] - behind[n]) / (2 * step) for n in ahead}
+
+    def _second_difference(self, step: float) -> Params:
+        ahead, here, behind = (self._gradient_at(t) for t in (step, 0.0, -step))
+        return {n: (ahead[n] - 2 * here[n] + behind[n]) / step**2 for n in ahead}
+
+    def _product_at(self, size: float) -> Params:
+        """H v at w + size v by reverse mode."""
+        objective = self.objective
+        with pinned(self.X), self.displaced(self.v, size):
+            loss = objective.loss(objective.params, self.X, self.y)
+            grad = gradient(loss, objective.params, create_graph=True)
+            check_graph(*grad.values())
+            return {n: p.detach() for n, p in hvp(grad, objective.params, self.v).items()}
+
+    def _first_differences(self) -> Iterator[Params]:
+        return _over(self.accuracy.first, self._first_difference)
+
+    @property
+    def product(self) -> Params | None:
+        """H v by reverse mode where it agrees with differences, else None."""
+        if not self._product_found:
+            self._product_found = True
+            try:
+                found = self._product_at(0.0)
+            except FAILURES as problem:
+                if is_of_the_machine(problem):
+                    raise
+                return None
+            row = compared_gradients(
+                "", found, self._first_differences(), self.v, self.accuracy.gradient
+            )
+            self._product = found if row.verdict == "right" else None
+        return self._product
+
+    def _gradients_of_form(self) -> Iterator[Params]:
+        def of_products(step: float) -> Params:
+            ahead, behind = self._product_at(step), self._product_at(-step)
+            return {n: (ahead[n] - behind[n]) / (2 * step) for n in ahead}
+
+        if self.product is not None:
+            yield from _over(self.accuracy.first, of_products)
+        yield from _over(self.accuracy.second, self._second_difference)
+
+    def scale(self) -> float:
+        """The size of the terms that v^T H v is a sum of."""
+        product = self.product or self._first_difference(self.accuracy.first[0])
+        return sum((product[n] * self.v[n]).abs().sum().item() for n in self.v)
+
+    def hessian(self, mode: Mode) -> list[Row]:
+        """Rows for v^T H v, as the penalty on tr(H) takes it, and for its gradient."""
+        name = f"{self.prefix}v'Hv, {mode} mode"
+        found = self._evaluate(name, self._form(mode), names_module=mode != "taylor")
+        if isinstance(found, Row):
+            return [found]
+        self.values[mode] = found[0]
+        return self._judged(name, *found)
+
+    def estimate(self) -> list[Row]:
+        """A row for v^T H v as estimates take it."""
+        name = f"{self.prefix}v'Hv of the estimate"
+        found = self._evaluate(name, lambda: inner(self._product_at(0.0), self.v).detach())
+        return [found] if isinstance(found, Row) else self._judged(name, *found)
+
+    def trial(self, mode: Mode, truth: float, scale: float | None) -> Row | None:
+        """What keeps a mode from a whole step in the model's own precision, if anything.
+
+        Args:
+            mode: Of propagation.
+            truth: Its value in double precision.
+            scale: The size of the terms that this is a sum of; None where values are too rough.
+        """
+        name = f"{self.prefix}v'Hv, {mode} mode"
+        found = self._evaluate(name, self._form(mode), names_module=mode != "taylor")
+        if isinstance(found, Row):
+            return found
+        if scale is None:
+            return None
+        value, grads = found
+        if grads is not None and not all(torch.isfinite(g).all() for g in grads.values()):
+            value = math.nan
+        row = compared(name, value, [truth], self.accuracy.value, scale)
+        return None if row.verdict == "right" else row
+
+    def _form(self, mode: Mode) -> Callable[[], Tensor]:
+        objective = self.objective
+        return lambda: quadratic_form(
+            lambda p: objective.loss(p, self.X, self.y), objective.params, self.v, mode=mode
+        )
+
+    def _judged(self, name: str, value: float, grads: Params | None) -> list[Row]:
+        accuracy = self.accuracy
+        values = (inner(d, self.v).item() for d in self._first_differences())
+        scale = self.scale() if accuracy is IN_SINGLE else 0.0
+        rows = [compared(f"{name}, value", value, values, accuracy.value, scale)]
+        if grads is not None:
+            truths = self._gradients_of_form()
+            rows.append(
+                compared_gradients(f"{name}, gradient", grads, truths, self.u, accuracy.gradient)
+            )
+        return rows
+
+    def _evaluate(
+        self, name: str, engine: Callable[[], Tensor], *, names_module: bool = True
+    ) -> tuple[float, Params | None] | Row:
+        """What an engine gives, with its gradient; a row that refuses it where it fails."""
+        try:
+            with pinned(self.X):
+                value = engine()
+                grads = gradient(value, self.objective.params) if value.requires_grad else None
+        except FAILURES as problem:
+            if is_of_the_machine(problem):
+                raise
+            if not names_module:  # another mode knows better which module it is
+                return Row(name, "refused", one_line(problem))
+            reason = refuse(problem, self.objective, self.X)
+            if not isinstance(reason, HesstraceError):
+                raise reason from problem
+            return Row(name, "refused", str(reason))
+        return value.item(), grads
+
+    def ggn(self, *, as_function: bool = False) -> list[Row]:
+        """Rows for a sample of tr(G), as the penalty on it takes it, and for its gradient.
+
+        Args:
+            as_function: Of the parameters, as it is compiled.
+        """
+        objective, params = self.objective, self.objective.params
+        keep = draw_keep(params, scheme="none", keep_prob=1.0, generator=self._generator)
+        like = call_as_it_is(objective.model, self.X).detach()
+        signs = rademacher(like, generator=self._generator)
+        num_terms = objective.task.num_terms(self.y)
+
+        def ordinary() -> Tensor:
+            buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
+            with differentiable_ops(order=2):
+                outputs = functional_call(objective.model, {**params, **buffers}, (self.X,))
+            parts = trace_sample(outputs, params, root(outputs), keep, num_terms)
+            value = torch.stack(list(parts.values())).sum()
+            check_graph(value)
+            return value
+
+        def functional() -> Tensor:
+            parts = trace_sample_at(
+                lambda p: objective.outputs(p, self.X), params, root, keep, num_terms
+            )
+            return torch.stack(list(parts.values())).sum()
+
+        def root(outputs: Tensor) -> Tensor:
+            return objective.task.root(outputs, self.y, signs)
+
+        name = f"{self.prefix}penalty on tr(G)"
+        found = self._evaluate(name, functional if as_function else ordinary)
+        if isinstance(found, Row):
+            return [found]
+        value, grads = found
+        pulled, slopes = self._pulled(root, num_terms)
+        truth = sum(part.square().sum().item() for part in pulled.values()) / num_terms
+        rows = [compared(f"{name}, value", value, [truth], self.accuracy.value)]
+        if grads is not None:
+            rows.append(compared_gradients(
+                f"{name}, gradient", grads, slopes, self.u, self.accuracy.gradient
+            ))  # fmt: skip
+        return rows
+
+    def _pulled(
+        self, root: Callable[[Tensor], Tensor], num_terms: int
+    ) -> tuple[Params, Iterator[Params]]:
+        """The unmodified model's g = J^T u, u = B e, and differences of || g ||^2 / M.
+
+        Its gradient is (2/M) [ d/dt J(w + t g)^T u + (du/dw)^T J g ].
+        """
+        params = self.objective.params
+
+        def pull(outputs: Tensor, cotangent: Tensor) -> Params:
+            grads = torch.autograd.grad(
+                outputs, list(params.values()), cotangent, materialize_grads=True,
+                retain_graph=True,
+            )  # fmt: skip
+            return dict(zip(params, grads, strict=True))
+
+        with pinned(self.X):
+            outputs = self._outputs()
+        u = root(outputs.detach())
+        pulled = pull(outputs, u)
+        # Steps are of the weights' sizes.
+        size = max(_size(part) for part in pulled.values())
+        unit = typical_size(params) / size if size > 0 else 1.0
+        direction = {n: unit * part for n, part in pulled.items()}
+
+        def at(step: float) -> tuple[Tensor, Params]:
+            with pinned(self.X), self.displaced(direction, step):
+                moved = self._outputs()
+                return moved.detach(), pull(moved, u)
+
+        def difference(step: float) -> Params:
+            (outputs_ahead, ahead), (outputs_behind, behind) = at(step), at(-step)
+            length = 2 * step * unit
+            pushed = (outputs_ahead - outputs_behind) / length
+            by_root = pull(root(outputs), pushed)
+            return {
+                n: 2 / num_terms * ((ahead[n] - behind[n]) / length + by_root[n]) for n in pulled
+            }
+
+        return pulled, _over(self.accuracy.first, difference)
+
+
+def _reads_parameters_alone(objective: Objective, X: Tensor, generator: Generator) -> bool:
+    """Whether moving the weights in place is the same as giving the model moved parameters."""
+    model, params = objective.model, objective.params
+    check = Check(objective, X, X, generator)
+    with torch.no_grad(), pinned(X):
+        here = call_as_it_is(model, X)
+    with torch.no_grad(), pinned(X):
+        given = call_as_it_is(model, X, {n: p + _ASIDE * check.v[n] for n, p in params.items()})
+    with torch.no_grad(), pinned(X), check.displaced(check.v, _ASIDE):
+        in_place = call_as_it_is(model, X)
+    moved = (in_place - here).abs().max().item()
+    rounding = 100 * torch.finfo(here.dtype).eps * here.abs().max().item()
+    return (given - in_place).abs().max().item() <= 1e-3 * moved + rounding
+
+
+_ASIDE = 0.01
+
+
+@contextmanager
+def checked(
+    objective: Objective, X: Tensor, y: Tensor, *, seed: int, prefix: str = ""
+) -> Iterator[Check]:
+    """A check of a model on copies of its weights, moved a little aside; all is left as it was.
+
+    In double precision, whatever the model's; in its own where it cannot run in that.
+
+    Args:
+        objective: Of the model in its mode.
+        X: A batch.
+        y: Its targets.
+        seed: Of all randomness.
+        prefix: Of the rows' names.
+
+    Raises:
+        DerivativeError: If the model has no gradient, or reads its weights in ways that neither
+            autograd nor these copies follow.
+    """
+    model = objective.model
+    try:
+        alone = _reads_parameters_alone(objective, X, _generator(X, seed))
+    except FAILURES as problem:
+        if is_of_the_machine(problem):
+            raise
+        raise DerivativeError(
+            f"the model fails at weights beside its own: {one_line(problem)}"
+        ) from problem
+    note = None
+    for accuracy in (IN_DOUBLE, IN_SINGLE):
+        double = accuracy is IN_DOUBLE
+        with on_copies(model, double=double):
+            move_aside(objective.params, _generator(X, seed))
+            batch = (cast(X, torch.float64), cast(y, torch.float64)) if double else (X, y)
+            check = Check(objective, *batch, _generator(X, seed), accuracy, prefix, note)
+            try:
+                check.check_gradient()
+            except FAILURES as problem:
+                if is_of_the_machine(problem):
+                    raise
+                if not double:
+                    raise DerivativeError(
+                        f"the model has no gradient here: {one_line(problem)}"
+                    ) from problem
+                note = (
+                    f"it cannot run in it ({one_line(problem)}): checked in its own precision, in "
+                    "which errors of a few per cent are not seen"
+                )
+                continue
+            if not alone and _reads_parameters_alone(objective, batch[0], _generator(X, seed)):
+                raise DerivativeError(
+                    "the model reads a weight in another way than by its parameter (.data, "
+                    "detach(), or a second tensor in the same memory), which its gradient leaves "
+                    "out; read the parameter itself"
+                )
+            yield check
+            return
+
+
+def _generator(like: Tensor, seed: int) -> Generator:
+    return Generator(like.device).manual_seed(seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """By which derivatives a penalty is taken, and why.
+
+    Attributes:
+        engine: "taylor", "forward" or "reverse".
+        engine_reason: One clause for the summary.
+        others: Right ones to take where that one fails on a later batch.
+    """
+
+    engine: Mode
+    engine_reason: str
+    others: tuple[Mode, ...] = ()
+
+
+@full_precision()
+def choose_engine(
+    objective: Objective, X: Tensor, y: Tensor, *,
+    curvature: str, compiled: bool, single: bool, seed: int,
+) -> Engine:  # fmt: skip
+    """The first engine whose value and gradient are right for this model, in a whole trial step.
+
+    Args:
+        objective: The loss trained on, its model in training mode.
+        X: Some of the first batch.
+        y: Their targets.
+        curvature: "hessian" or "ggn".
+        compiled: Whether the penalty is to be compiled.
+        single: Whether the model runs in single precision throughout, not in half.
+        seed: Of the directions looked along.
+
+    Raises:
+        DerivativeError: If there is none.
+    """
+    if curvature == "ggn":
+        with checked(objective, X, y, seed=seed) as check:
+            rows = check.ggn(as_function=compiled)
+        _refuse_unless_right(rows)
+        return Engine("reverse", "agrees with differences of the model")
+    engines: tuple[Mode, ...] = ("forward",) if compiled else ("taylor", "forward", "reverse")
+    right: list[Mode] = []
+    tried: dict[Mode, list[Row]] = {}
+    with checked(objective, X, y, seed=seed) as check:
+        scale = check.scale()
+        for mode in engines:
+            if right and mode != "reverse":
+                continue
+            tried[mode] = check.hessian(mode)
+            if all(row.verdict == "right" for row in tried[mode]):
+                right.append(mode)
+    with on_copies(objective.model, double=False):
+        move_aside(objective.params, _generator(X, seed))
+        own = Check(objective, X, y, _generator(X, seed), IN_SINGLE)
+        for mode in list(right):
+            problem = own.trial(mode, check.values[mode], scale if single else None)
+            if problem is not None:
+                right.remove(mode)
+                tried[mode] = [problem]
+    failed = [row for rows in tried.values() for row in rows if row.verdict != "right"]
+    if right:
+        reason = "; ".join(f"{r.check} {r.verdict}: {r.detail}" for r in failed)
+        return Engine(right[0], reason or "agrees with differences of the model", tuple(right[1:]))
+    _refuse_unless_right(tried[engines[-1]])
+    return Engine(engines[-1], "differences of the model do not settle, so it is not proved")
+
+
+def _refuse_unless_right(rows: Sequence[Row]) -> None:
+    bad = [row for row in rows if row.verdict in ("wrong", "refused")]
+    if bad and bad[0].verdict == "refused":
+        raise DerivativeError(bad[0].detail)
+    if bad:
+        raise DerivativeError(
+            f"the penalty's derivative is wrong for this model ({bad[0].check}: {bad[0].detail}): "
+            "it has a backward that is not its loss's derivative, as a detach(), a torch.no_grad() "
+            "or a Function of its own may have; hesstrace verify says more"
+        )

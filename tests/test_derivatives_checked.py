@@ -1,0 +1,218 @@
+"""No penalty is trained on by a wrong derivative, and `verify` accuses the same models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hesstrace_cli.casting import on_copies
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.derivatives import choose_engine
+from hesstrace_cli.errors import DerivativeError, Stopped
+from hesstrace_cli.precision import run_in_precision
+from hesstrace_cli.verdicts import GOOD
+from hesstrace_cli.verify import _rows
+from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
+from tests.planted import REFUSED, RIGHT, RIGHT_FOR_G, Aliased, Body, Odd
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(16) % 3
+
+
+def build(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().train()
+
+
+def objective_of(model):
+    return Objective(model, trainable(model))
+
+
+def chosen(model, curvature, *, compiled=False, single=True, seed=0):
+    return choose_engine(
+        objective_of(model), X, Y, curvature=curvature, compiled=compiled, single=single, seed=seed
+    )
+
+
+def accused(model):
+    rows = [row for mode in ("train", "eval") for row in
+            _rows(objective_of(model.train(mode == "train")), X[:8], Y[:8], mode, 0)]  # fmt: skip
+    return [row for row in rows if row.verdict not in GOOD]
+
+
+def state(model):
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_engine_is_found(name, curvature):
+    model = build(RIGHT[name])
+    before, random = state(model), torch.get_rng_state()
+    chosen(model, curvature)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_verify_accuses_none_of_them(name):
+    assert not accused(build(RIGHT[name]))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_derivative_is_refused(name, curvature):
+    model = build(REFUSED[name])
+    before = state(model)
+    with pytest.raises(DerivativeError):
+        chosen(model, curvature)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *RIGHT_FOR_G])
+def test_verify_accuses_all_of_them(name):
+    assert accused(build({**REFUSED, **RIGHT_FOR_G}[name]))
+
+
+@pytest.mark.parametrize("name", RIGHT_FOR_G)
+def test_third_derivatives_matter_to_the_hessian_alone(name):
+    assert chosen(build(RIGHT_FOR_G[name]), "ggn").engine == "reverse"
+    with pytest.raises(DerivativeError, match="gradient"):
+        chosen(build(RIGHT_FOR_G[name]), "hessian")
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "why"),
+    [
+        ("fft", "taylor", "agrees"),
+        ("cast to integers", "taylor", "agrees"),
+        ("view written", "forward", "memory that another tensor views"),
+        ("reverse only", "reverse", "forward mode refused"),
+        ("logdet", "reverse", "taylor mode, value wrong"),
+        ("norm", "reverse", "taylor mode refused"),
+        ("alias in a list", "reverse", "taylor mode, value wrong"),
+    ],
+)
+def test_it_says_which_engine_and_why(name, engine, why):
+    found = chosen(build(RIGHT[name]), "hessian")
+    assert found.engine == engine
+    assert why in found.engine_reason
+
+
+def test_the_same_engine_each_time():
+    found = [chosen(build(RIGHT["logdet"]), "hessian") for _ in range(2)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["list", "captured"])
+def test_what_is_compiled_is_a_function_of_the_parameters_alone(kind):
+    for curvature in ("hessian", "ggn"):
+        with pytest.raises(DerivativeError):
+            chosen(build(lambda: Aliased(kind)), curvature, compiled=True)
+        assert chosen(build(RIGHT["weight norm"]), curvature, compiled=True)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_under_half_precision_what_is_wrong_is_seen_as_well(curvature):
+    for name in ("wrong second", "1 % wrong", "behind a gate"):
+        model = build(REFUSED[name])
+        run_in_precision(model, "bf16", X.device)
+        with pytest.raises(DerivativeError):
+            chosen(model, curvature, single=False)
+    model = build(RIGHT["llama's norm"])
+    run_in_precision(model, "bf16", X.device)
+    assert "agrees" in chosen(model, curvature, single=False).engine_reason
+
+
+def test_what_cannot_run_in_double_precision_is_checked_in_its_own():
+    table = torch.eye(6)  # no attribute of any module
+
+    assert chosen(build(lambda: Body(lambda h: torch.tanh(h @ table))), "hessian")
+    wrong = build(lambda: Body(lambda h: REFUSED_BODY(h @ table)))
+    with pytest.raises(DerivativeError):
+        chosen(wrong, "hessian")
+    right = build(lambda: Body(lambda h: torch.tanh(h @ table)))
+    rows = list(_rows(objective_of(right), X, Y, "eval", 0))
+    assert all(row.verdict in GOOD for row in rows), rows
+    assert any("checked in float64" in row.check and row.verdict == "no" for row in rows)
+
+
+def REFUSED_BODY(h):
+    return torch.tanh(h) * h.detach().square()
+
+
+def test_scripted_parts_end_in_no_traceback():
+    accused(build(lambda: Odd("scripted")))
+    chosen(build(lambda: Odd("scripted")), "hessian")
+
+
+def test_tensors_hold_what_they_held():
+    model = build(lambda: nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)))
+    model[0].weight.grad = torch.ones(3, 8)
+    tensors = [*model.parameters(), *model.buffers()]
+    pointers = [t.data_ptr() for t in tensors]
+    with on_copies(model, double=True):
+        assert model[0].weight.dtype == torch.zeros(1).dtype == torch.float64
+        model[0].weight.data.zero_()
+        assert model(X.double()).float().dtype == torch.float64
+    assert [t.data_ptr() for t in tensors] == pointers
+    assert model[0].weight.abs().sum() > 0
+    assert model[0].weight.grad.sum() == 24
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Body(nn.Module):
+    def __init__(self, wrong):
+        super().__init__()
+        self.inner, self.head, self.wrong = nn.Linear(64, 6), nn.Linear(6, 10), wrong
+    def forward(self, X):
+        h = self.inner(X.flatten(1))
+        if self.wrong:
+            h = torch.tanh(h) * h.detach()
+        return self.head(h / h.norm(dim=1, keepdim=True))
+
+def right(): return Body(False)
+def wrong(): return Body(True)
+"""
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_run_says_its_engine_and_resumes_with_it(curvature, tmp_path):
+    (tmp_path / "models.py").write_text(MODELS)
+    settings = {
+        "model": f"{tmp_path}/models.py:right", "model_arg": {}, "reg": ["trace=0.01"],
+        "curvature": curvature, "warmup": 0.0,
+    }  # fmt: skip
+    whole = train_to_end(tmp_path / "whole", **settings)
+    said = whole.finish()["trace_penalty"]
+    assert said["engine"] == "reverse"
+    assert ("taylor mode refused" in said["engine_reason"]) == (curvature == "hessian")
+    first = make_run(tmp_path / "parts", **settings)
+    with pytest.raises(Stopped):
+        list(first.advance(iter([None, 15]).__next__))
+    rest = make_run(tmp_path / "parts", **settings, resume=True)
+    assert [p.engine for p in rest._penalties()] == [p.engine for p in whole._penalties()]
+    list(rest.advance())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_what_verify_accuses_is_not_trained_with_a_penalty(curvature, tmp_path):
+    (tmp_path / "models.py").write_text(MODELS)
+    model = ("--model", f"{tmp_path}/models.py:wrong", "--train-examples", "100")
+    flags = ("--epochs", "1", "--curvature", curvature, "--lambda", "0.01")
+    result = invoke("train", *model, *flags, "--reg", "trace", "--out", tmp_path / "run")
+    assert_one_line_error(result, 4, "derivative is wrong", "detach")
+    assert not (tmp_path / "run").exists()
+    result = invoke("train", *model, "--epochs", "1", "--reg", "none", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
