@@ -16,6 +16,7 @@ import hesstrace_cli
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.hutchpp import hutchpp
+from hesstrace_cli.curvature.independence import Unfit
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
@@ -134,21 +135,28 @@ def estimate(
         generator = Generator(X.device).manual_seed(config.seed)
         if config.method in SKETCHES:
             return _by_sketch(data, config, generator, on_pass)
-        generator.manual_seed(config.seed + (ranks.rank << 32))
-        method = choose_method(config, data.objective, X)
-        num_probes = config.num_probes or DEFAULT_PROBES
-        result = estimate_trace(
-            method.sampler,
-            data,
-            population=population,
-            num_probes=num_probes,
-            stop=_stop(config),
-            generator=generator,
-            exact=method.exact,
-            inclusion=method.inclusion,
-            on_pass=on_pass,
-        )
-        return Estimated(result, method.name, method.reason, 0 if method.exact else num_probes)
+        unfit: list[Unfit] = []
+        while True:  # what one method finds out on a batch is told to the choice of the next
+            try:
+                generator.manual_seed(config.seed + (ranks.rank << 32))
+                method = choose_method(config, data.objective, X, unfit)
+                num_probes = config.num_probes or DEFAULT_PROBES
+                result = estimate_trace(
+                    method.sampler,
+                    data,
+                    population=population,
+                    num_probes=num_probes,
+                    stop=_stop(config),
+                    generator=generator,
+                    exact=method.exact,
+                    inclusion=method.inclusion,
+                    on_pass=on_pass,
+                )
+                return Estimated(
+                    result, method.name, method.reason, 0 if method.exact else num_probes
+                )
+            except Unfit as problem:
+                unfit.append(problem)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hesstrace_cli.casting import cast_model
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
+from hesstrace_cli.curvature.independence import MixedExamples, check_independence
 from hesstrace_cli.curvature.objective import call_as_it_is
-from hesstrace_cli.curvature.per_example import MixedExamples, check_independence
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.failures import is_of_the_machine

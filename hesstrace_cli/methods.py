@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
 
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.exact import PerExampleTrace
-from hesstrace_cli.curvature.linearity import why_not_linear
+from hesstrace_cli.curvature.exact import Curved, PerExampleTrace
+from hesstrace_cli.curvature.independence import MixedExamples, Unfit
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
-from hesstrace_cli.curvature.per_example import MixedExamples
 from hesstrace_cli.curvature.probes import Scheme, inclusion
 from hesstrace_cli.curvature.trace import (
     Sampler,
@@ -34,6 +34,10 @@ MAX_DIAGONAL = 256
 """Up to so many weights the whole diagonal of H is taken."""
 
 
+class Detached(Unfit):
+    """The gradient that autograd gives is not that of the loss."""
+
+
 @dataclass(frozen=True)
 class Method:
     """An estimator ready to draw.
@@ -53,44 +57,53 @@ class Method:
     inclusion: float = 1.0
 
 
-def choose_method(config: EstimateConfig, objective: Objective, X: Tensor) -> Method:
+def choose_method(
+    config: EstimateConfig, objective: Objective, X: Tensor, unfit: Sequence[Unfit] = ()
+) -> Method:
     """The estimator that `--method` asks for, or the best one for this model.
 
     Args:
         config: Method, curvature, and the dropout scheme's settings.
         objective: The loss, its model in the mode that the trace is taken in.
         X: A batch to look at what the model executes.
+        unfit: What is known to keep methods from being right: that which this function has raised
+            for this model, or the methods that it chose have.
 
     Raises:
         ConfigError: If "exact" is asked for and there is no exact way for this model.
+        Unfit: If a method turns out not to be right; one more call, told so, chooses another.
     """
+    detached = next((p for p in unfit if isinstance(p, Detached)), None)
     if config.method in ("hutchinson", "dropout"):
         scheme: Scheme = "none"
         if config.method == "dropout":
             scheme = cast(Scheme, config.dropout_scheme)
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
+        reason = "as asked for" if detached is None else f"as asked for; {detached}"
         sampler = make(objective, scheme, config.keep_prob)
         included = inclusion(objective.params, scheme, config.keep_prob)
-        return Method(config.method, "as asked for", sampler, inclusion=included)
-    per_example = _per_example(objective, X)
-    problem = None
-    if config.curvature == "hessian":
-        problem = why_not_linear(call_as_it_is(objective.model, X), objective.params)
-    if isinstance(per_example, str):
-        problem = per_example
-    elif problem is None:
-        return _of_ggn(config, per_example, X)
+        return Method(config.method, reason, sampler, inclusion=included)
+    curved = next((p for p in unfit if isinstance(p, Curved)), None)
+    inseparable = next((p for p in unfit if isinstance(p, MixedExamples)), detached)
+    is_hessian = config.curvature == "hessian"
+    per_example = None
+    if inseparable is None:
+        per_example = PerExampleTrace(objective, X, linear=is_hessian and curved is None)
+        if curved is None:
+            return _of_ggn(config, per_example, X)
+    problem = inseparable or curved
     num_parameters = sum(p.numel() for p in objective.params.values())
-    if config.curvature == "hessian" and num_parameters <= MAX_DIAGONAL:
+    if is_hessian and num_parameters <= MAX_DIAGONAL and detached is None:
         reason = f"the whole diagonal of {num_parameters} weights, as {problem}"
         return Method("exact", reason, diagonal_sampler(objective), exact=True)
     if config.method == "exact":
-        other = "--curvature ggn, or " if config.curvature == "hessian" else ""
-        instead = f"use {other if not isinstance(per_example, str) else ''}--method auto"
-        raise ConfigError(f"--method exact is not possible for this model: {problem}; {instead}")
-    if isinstance(per_example, str):
+        other = "--curvature ggn, or " if is_hessian and inseparable is None else ""
+        raise ConfigError(
+            f"--method exact is not possible for this model: {problem}; use {other}--method auto"
+        )
+    if per_example is None:
         make = ggn_sampler if config.curvature == "ggn" else hessian_sampler
-        return Method("hutchinson", problem, make(objective))
+        return Method("hutchinson", str(problem), make(objective))
     by_signs = _num_columns(objective, X) > MAX_COLUMNS
     return Method(
         "signs+hutchinson" if by_signs else "exact+hutchinson",
@@ -108,13 +121,6 @@ def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> 
         return Method("signs", reason, signs_sampler(per_example))
     reason = f"{equal} from every example's gradient norms"
     return Method("exact", reason, exact_sampler(per_example), exact=True)
-
-
-def _per_example(objective: Objective, X: Tensor) -> PerExampleTrace | str:
-    try:
-        return PerExampleTrace(objective, X)
-    except MixedExamples as problem:
-        return str(problem)
 
 
 def _num_columns(objective: Objective, X: Tensor) -> int:

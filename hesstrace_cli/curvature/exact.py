@@ -16,38 +16,62 @@ from torch import Generator, Tensor
 
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp
-from hesstrace_cli.curvature.norm_rules import output_shape
+from hesstrace_cli.curvature.independence import Unfit, check_independence, check_others
+from hesstrace_cli.curvature.linearity import why_not_linear
+from hesstrace_cli.curvature.norm_rules import Layout, output_shape
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.curvature.per_example import (
-    check_independence,
+    Use,
     check_layouts,
     differentiated_norms,
     find_uses,
+    gradients,
     rule_norms,
 )
 from hesstrace_cli.curvature.probes import rademacher
+
+
+class Curved(Unfit):
+    """The outputs are not piecewise linear in the weights, so that tr(H) is not tr(G)."""
+
 
 ACTIVATIONS = 1 << 27
 """Numbers in the outputs of all operations together, of the examples that are worked on at once."""
 
 
+_Part = tuple[Tensor, Tensor, tuple[int, int] | None]  # X, y, its place among all of them
+
+
 class PerExampleTrace:
     """The blocks' traces of every example's G_i = J_i^T A_i J_i, in the model's own mode.
 
+    A batch is examined as it is used, since what a model executes may differ from one to the next:
+    whether examples touch each other, which rows of an operation belong to which example and, if
+    asked for, whether tr(H) = tr(G).
+
     Args:
         objective: The mean loss that G is of.
-        X: A batch, to learn how operations arrange the examples; any other may follow.
+        X: A few examples, for the more thorough checks.
+        linear: Whether outputs that are not piecewise linear in the weights are refused.
 
     Raises:
-        MixedExamples: If the outputs of an example depend on the others in its batch.
+        Unfit: If the outputs of an example depend on the others in its batch, or are curved; so do
+            the methods.
     """
 
-    def __init__(self, objective: Objective, X: Tensor) -> None:
+    def __init__(self, objective: Objective, X: Tensor, *, linear: bool = False) -> None:
         self.objective = objective
+        self.linear = linear
+        self._examined: dict[tuple[int, int], dict[str, Layout]] = {}
         check_independence(self._outputs, X, Generator(X.device).manual_seed(0))
         found = self._outputs(X)
+        self._check_linear(found)
         uses = find_uses(found, objective.params)
         self._layouts = check_layouts(found, uses)
+        self._by_row = {  # those with a row an example
+            name for use in uses if use.num_rows == len(X) > 1
+            for name in use.names.values() if name in self._layouts
+        }  # fmt: skip
         outputs = sum(math.prod(output_shape(use.edge.node)) for use in uses)
         self._at_once = max(1, ACTIVATIONS * len(X) // max(1, outputs))
 
@@ -55,44 +79,87 @@ class PerExampleTrace:
         # The model's own operations: their first derivatives, all that is needed, are right.
         return call_as_it_is(self.objective.model, X)
 
+    def _check_linear(self, outputs: Tensor) -> None:
+        problem = why_not_linear(outputs, self.objective.params) if self.linear else None
+        if problem is not None:
+            raise Curved(problem)
+
     def without_rule(self) -> list[str]:
         """The parameters that have to be differentiated example by example."""
         return [name for name in self.objective.params if name not in self._layouts]
 
-    def exact(self, X: Tensor, y: Tensor) -> Tensor:
-        """M times each example's part of the blocks' traces, (N, T), a backward pass a column."""
-        return torch.cat([self._exact(*part) for part in self._parts(X, y)])
+    def exact(self, X: Tensor, y: Tensor, number: int | None = None) -> Tensor:
+        """M times each example's part of the blocks' traces, (N, T), a backward pass a column.
 
-    def _parts(self, X: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(X.split(self._at_once), y.split(self._at_once), strict=True)
+        Args:
+            X: The batch.
+            y: Its targets.
+            number: Of the batch, if it comes again: it is then examined only once.
+        """
+        return torch.cat([self._exact(*part) for part in self._parts(X, y, number)])
 
-    def _exact(self, X: Tensor, y: Tensor) -> Tensor:
+    def _parts(self, X: Tensor, y: Tensor, number: int | None) -> Iterator[_Part]:
+        size = self._at_once
+        for index, (X_part, y_part) in enumerate(zip(X.split(size), y.split(size), strict=True)):
+            yield X_part, y_part, None if number is None else (number, index)
+
+    def _exact(self, X: Tensor, y: Tensor, key: tuple[int, int] | None) -> Tensor:
         outputs = self._outputs(X)
         cotangents = self.objective.task.columns(outputs.detach(), y)
         if not len(cotangents):  # a softmax of one class is constant
             return outputs.new_zeros(len(X), len(self.objective.params), dtype=torch.float64)
-        return self._blocks(X, outputs, cotangents).sum(0)
+        return self._blocks(X, key, outputs, cotangents).sum(0)
 
-    def sample(self, X: Tensor, y: Tensor, num_samples: int, generator: Generator) -> Tensor:
+    def sample(
+        self, X: Tensor, y: Tensor, num_samples: int, generator: Generator,
+        number: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Unbiased samples of them, shape (num_samples, N, T), a backward pass each."""
         parts = []
-        for X_part, y_part in self._parts(X, y):
+        for X_part, y_part, key in self._parts(X, y, number):
             outputs = self._outputs(X_part)
             at = outputs.detach()
             signs = rademacher(at.expand(num_samples, *at.shape), generator=generator)
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
-            parts.append(self._blocks(X_part, outputs, torch.stack(cotangents)))
+            parts.append(self._blocks(X_part, key, outputs, torch.stack(cotangents)))
         return torch.cat(parts, 1)
 
-    def _blocks(self, X: Tensor, outputs: Tensor, cotangents: Tensor) -> Tensor:
+    def _blocks(
+        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, cotangents: Tensor
+    ) -> Tensor:
         objective = self.objective
         uses = find_uses(outputs, objective.params)
-        rows = [rule_norms(outputs, uses, u, self._layouts) for u in cotangents]
+        layouts = self._examine(X, key, outputs, uses)
+        uses = [use for use in uses if layouts.keys() >= set(use.names.values())]
+        rows = [rule_norms(uses, gradients(outputs, uses, u), layouts) for u in cotangents]
         norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         rest = {name: p for name, p in objective.params.items() if name not in norms}
         if rest:
             norms |= differentiated_norms(objective.outputs, rest, X, cotangents)
         return torch.stack([norms[name].detach() for name in objective.params], -1).double()
+
+    def _examine(
+        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, uses: list[Use]
+    ) -> dict[str, Layout]:
+        """The layouts of a batch, once it is known to fit."""
+        if key in self._examined:
+            return self._examined[key]
+        try:
+            check_others(self._outputs, X, outputs.detach(), Generator(X.device).manual_seed(0))
+            self._check_linear(outputs)
+        except Unfit as problem:
+            if key is None:
+                raise
+            raise type(problem)(f"{problem} (in batch {key[0] + 1})") from None
+        certain = {
+            name: Layout(len(X)) for use in uses for name in use.names.values()
+            if use.num_rows == len(X) and name in self._by_row
+        }  # fmt: skip
+        doubtful = [use for use in uses if not certain.keys() >= set(use.names.values())]
+        layouts = certain | check_layouts(outputs, doubtful)
+        if key is not None:
+            self._examined[key] = layouts
+        return layouts
 
 
 def hessian_diagonal_traces(objective: Objective, X: Tensor, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.func import vjp, vmap
 
 from hesstrace_cli.curvature import norm_rules
 from hesstrace_cli.curvature.graph import topological
+from hesstrace_cli.curvature.independence import column
 from hesstrace_cli.curvature.linearity import operation
 from hesstrace_cli.curvature.norm_rules import (
     ROLES,
@@ -116,121 +117,72 @@ def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
     return Use(GradientEdge(node, 0), names, num_rows, norms, flatten)
 
 
-def check_independence(
-    logits_of: Callable[[Tensor], Tensor], X: Tensor, generator: Generator
-) -> None:
-    """Refuse a model that lets examples of a batch touch each other.
-
-    Inputs without a gradient are told by the logits of an example with and without the others.
-
-    Raises:
-        MixedExamples: If the logits of an example depend on the others in its batch.
-    """
-    if len(X) < 2:
-        return
-    mixed: bool
-    if X.is_floating_point():
-        inputs = X.detach().requires_grad_()
-        chosen = torch.arange(len(X), device=X.device) % 2 == 0
-        logits = logits_of(inputs)
-        weights = torch.randn(logits.shape, generator=generator, device=X.device).to(logits.dtype)
-        if logits.requires_grad:
-            (slope,) = torch.autograd.grad(
-                logits, inputs, weights * _column(chosen, logits), materialize_grads=True
-            )
-            mixed = bool(slope[~chosen].any())
-        else:
-            mixed = False
-    else:
-        with torch.no_grad():
-            mixed = not torch.allclose(logits_of(X)[:1], logits_of(X[:1]), rtol=1e-3, atol=1e-5)
-    if mixed:
-        raise MixedExamples("the logits of an example depend on the others in its batch")
-
-
-def _column(chosen: Tensor, like: Tensor) -> Tensor:
-    """One entry an example, in a shape that multiplies the outputs."""
-    return chosen.reshape(-1, *[1] * (like.dim() - 1))
-
-
-class MixedExamples(Exception):
-    """Examples are not independent of each other, so that none has a gradient of its own."""
-
-
-_ROUNDS = 6
+_POWERS = 16
 
 
 def check_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[str, Layout]:
-    """Find out which rows of every operation belong to which example, by backward passes.
+    """Find out which rows of every operation belong to which example, by two backward passes.
 
-    About half of the examples get no cotangent; every row with a gradient must belong to one of
-    the others. Where both layouts agree with that, another half is tried, a few times.
+    In the second, every example's cotangent is multiplied by a power of 2, its own one where
+    examples are few: so are, to the bit, the gradients of all rows that are its alone.
 
     Args:
-        logits: Shape (N, C), with its graph.
+        logits: The outputs, shape (N, ...), with their graph.
         uses: Of `find_uses`.
 
     Returns:
-        The layout for each parameter name; those for which it cannot be told are left out.
-
-    Raises:
-        MixedExamples: If an example's logits depend on other examples, as with batch statistics.
+        The layout for each parameter name; those for which none is right are left out.
     """
-    N = len(logits)
-    generator = Generator(logits.device).manual_seed(0)
-    uses = [use for use in uses if use.num_rows % N == 0]
-    possible = [{Layout(N), Layout(N, strided=True)} for _ in uses]
-    for number in range(_ROUNDS):
-        chosen = torch.rand(N, generator=generator, device=logits.device) < 0.5
-        chosen[0], chosen[-1] = (False, True) if number % 2 == 0 else (True, False)
-        cotangent = torch.randn(logits.shape, generator=generator, device=logits.device)
-        cotangent = (cotangent * _column(chosen | (N == 1), logits)).to(logits.dtype)
-        for use, layouts, g in zip(
-            uses, possible, _gradients(logits, uses, cotangent), strict=True
-        ):
-            touched = use.rows(g).reshape(use.num_rows, -1).any(1)
-            wrong = {each for each in layouts if each.group(touched)[~chosen].any() and N > 1}
-            layouts -= wrong
-            if not layouts:
-                raise MixedExamples("the logits of an example depend on the others in its batch")
-        if all(len(layouts) == 1 or use.num_rows == N or N == 1
-               for use, layouts in zip(uses, possible, strict=True)):  # fmt: skip
-            break
-    return {
-        name: min(layouts, key=lambda each: each.strided)
-        for use, layouts in zip(uses, possible, strict=True)
-        if len(layouts) == 1 or use.num_rows == N or N == 1
-        for name in use.names.values()
-    }
+    if not uses:
+        return {}
+    N, device = len(logits), logits.device
+    generator = Generator(device).manual_seed(0)
+    scale = torch.exp2(torch.randperm(N, generator=generator, device=device) % _POWERS)
+    u = torch.randn(logits.shape, generator=generator, device=device).to(logits.dtype)
+    scale = scale.to(u)
+    layouts: dict[str, Layout] = {}
+    for use, plain, scaled in zip(
+        uses, gradients(logits, uses, u), gradients(logits, uses, u * column(scale, u)), strict=True
+    ):
+        for layout in (Layout(N), Layout(N, strided=True)):
+            if use.num_rows % N == 0 and _belong(use, plain, scaled, layout, scale):
+                layouts |= dict.fromkeys(use.names.values(), layout)
+                break
+    return layouts
 
 
-def _gradients(logits: Tensor, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
+def _belong(use: Use, plain: Tensor, scaled: Tensor, layout: Layout, scale: Tensor) -> bool:
+    """Whether every row of gradients is scaled by the factor of the example it should be of."""
+
+    def of_examples(g: Tensor) -> Tensor:
+        return layout.group(use.rows(g).reshape(use.num_rows, -1))  # (N, L, numbers in a row)
+
+    expected, got = scale[:, None, None] * of_examples(plain), of_examples(scaled)
+    return bool(((got - expected).norm(dim=2) <= 1e-3 * got.norm(dim=2)).all())
+
+
+def gradients(logits: Tensor, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
+    """The gradients of the outputs of operations; the graph is kept."""
     edges = [use.edge for use in uses]
     if not edges:
         return []
     return list(torch.autograd.grad(logits, edges, cotangent, retain_graph=True))
 
 
-def rule_norms(
-    logits: Tensor, uses: Sequence[Use], cotangent: Tensor, layouts: dict[str, Layout]
-) -> Norms:
+def rule_norms(uses: Sequence[Use], grads: Sequence[Tensor], layouts: dict[str, Layout]) -> Norms:
     """||J_it^T u_i||^2 for every example i and every parameter tensor t that has a rule.
 
     Args:
-        logits: Shape (N, C), with its graph, which is kept.
-        uses: Of `find_uses` for this graph.
-        cotangent: u, shape (N, C).
-        layouts: Of `check_layouts`; parameters without a layout are left out.
+        uses: Of `find_uses`.
+        grads: Of `gradients`, for the cotangent u.
+        layouts: Of `check_layouts`, for all of their parameters.
 
     Returns:
         Shape (N,) by name.
     """
-    N = len(logits)
-    uses = [use for use in uses if all(name in layouts for name in use.names.values())]
     result: Norms = {}
-    for use, g in zip(uses, _gradients(logits, uses, cotangent), strict=True):
-        name = next(iter(use.names.values()))
-        norms = use.norms(use.rows(g), Layout(N, layouts[name].strided))
+    for use, g in zip(uses, grads, strict=True):
+        norms = use.norms(use.rows(g), layouts[next(iter(use.names.values()))])
         result |= {own: norms[role] for role, own in use.names.items()}
     return result
 

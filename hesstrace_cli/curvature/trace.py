@@ -138,7 +138,7 @@ def signs_sampler(per_example: PerExampleTrace) -> Sampler:
     """Samples of tr(G) from random signs on the outputs, each example a stratum of its own."""
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
-        sums = per_example.sample(batch.X, batch.y, num_probes, generator)
+        sums = per_example.sample(batch.X, batch.y, num_probes, generator, batch.number)
         return _of_examples(per_example, batch, sums)
 
     return sample
@@ -153,7 +153,8 @@ def exact_sampler(per_example: PerExampleTrace) -> Sampler:
     """tr(G) itself, each example a stratum of its own."""
 
     def sample(batch: Batch, _num_probes: int, _generator: Generator) -> Tensor:
-        return _of_examples(per_example, batch, per_example.exact(batch.X, batch.y))[None]
+        sums = per_example.exact(batch.X, batch.y, batch.number)
+        return _of_examples(per_example, batch, sums)[None]
 
     return sample
 
