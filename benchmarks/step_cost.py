@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import statistics
 import tempfile
@@ -30,6 +31,7 @@ from hesstrace_cli.curvature.graph import gradient, inner
 from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.loading import select_device
 from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.stepcost import seconds_of_steps
@@ -130,12 +132,19 @@ def made_images(folder: Path, arguments: argparse.Namespace) -> str:
     return str(file)
 
 
-def peak_bytes(run: Run) -> float:
-    """The most that one step holds at a time, with weights, gradients and momentum."""
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def peak_bytes(config: TrainConfig) -> float:
+    """The most that one step of a run holds at a time, with weights, gradients and momentum.
+
+    The run is built for this alone, and what others hold on the GPU meanwhile does not count.
+    """
+    device = select_device(config.device)
+    gc.collect()
+    held_by_others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    run = Run(dataclasses.replace(config, out=f"{config.out}-memory"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         seconds_of_steps(run, 0)
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_allocated(device) - held_by_others)
     kept = 3 * sum(p.nbytes for p in run.model.parameters())
     run.optimizer.zero_grad()
     with torch.profiler.profile(
@@ -206,8 +215,9 @@ def table(
     rows: dict[str, dict[str, Any]], base: TrainConfig, folder: Path, arguments: argparse.Namespace
 ) -> str:
     """A row at a time is measured between two measurements of the plain step."""
-    plain = Run(dataclasses.replace(base, reg=["none"], out=str(folder / "plain")))
-    memory = peak_bytes(plain)
+    config = dataclasses.replace(base, reg=["none"], out=str(folder / "plain"))
+    memory = peak_bytes(config)
+    plain = Run(config)
     lines = []
     for number, (name, settings) in enumerate(rows.items()):
         config = dataclasses.replace(base, **settings, out=str(folder / str(number)))
@@ -216,12 +226,7 @@ def table(
             # What is kept differs from step to step, and with it the time.
             drops = "trace" in run.row and config.estimator == "dropout"
             steps = _DRAWS_TIMED if drops else config.every
-            full = (
-                run
-                if config.every == 1
-                else Run(dataclasses.replace(config, every=1, out=f"{config.out}-full"))
-            )
-            own_memory = peak_bytes(full) / memory
+            own_memory = peak_bytes(dataclasses.replace(config, every=1)) / memory
             ratios = []
             for _ in range(arguments.rounds):
                 before = seconds_of_steps(plain, 2) / 2

@@ -18,6 +18,7 @@ from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.models import build_model, is_plugin
 from hesstrace_cli.parallel import local_rank, under_torchrun
+from hesstrace_cli.randomness import random_state_kept
 
 
 def select_device(name: str) -> torch.device:
@@ -174,8 +175,7 @@ def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
     X, _ = next(data.train.batches(2))
     if len(X) < 2:
         return
-    devices = [X.device] if X.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with random_state_kept():
         _try(model.train(), X, name, "training mode")
 
 

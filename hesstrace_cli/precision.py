@@ -63,6 +63,26 @@ def full_precision() -> Iterator[None]:
             part.fp32_precision = precision
 
 
+@contextmanager
+def deterministic_algorithms(device: torch.device) -> Iterator[None]:
+    """Sum in a fixed order on a GPU, where PyTorch knows how; kernels on CPUs do anyway.
+
+    Operations that have no such algorithm run as they are. The settings are restored afterwards.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    filling: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
+    try:
+        filling.fill_uninitialized_memory = False  # for who reads what was never written
+        torch.set_deterministic_debug_mode(max(1, before[0]))
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        filling.fill_uninitialized_memory = before[1]
+
+
 def _older_settings() -> tuple[bool | None, str | None]:
     """Of convolutions and of products; None where a newer setting holds that they cannot tell."""
     convolutions = products = None

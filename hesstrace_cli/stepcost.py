@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.errors import NumericsError
+from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.training import Run
 
 _ROUNDS, _STEPS = 5, 4
@@ -77,8 +78,7 @@ def seconds_of_steps(run: Run, steps: int) -> float:
     rows = torch.arange(min(run.config.batch_size, len(run.data.train)))
     (examples,) = run.examples([rows])
     run.step = run.total_steps - 1
-    devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with random_state_kept():
         run.take_step(examples)
         _synchronize(run)
         begin = time.perf_counter()

@@ -25,8 +25,13 @@ from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.parallel import join
-from hesstrace_cli.precision import run_in_precision
-from hesstrace_cli.randomness import derived_seed, stream_generator
+from hesstrace_cli.precision import deterministic_algorithms, run_in_precision
+from hesstrace_cli.randomness import (
+    derived_seed,
+    random_state_kept,
+    seed_defaults,
+    stream_generator,
+)
 from hesstrace_cli.records import RUN_SCHEMA
 from hesstrace_cli.regularizers import Part, Regularizer, build
 from hesstrace_cli.regularizers.trace import CurvatureChoice, TracePenalty, choose_curvature
@@ -185,9 +190,8 @@ class Run:
     @functools.cached_property
     def _takes_one_example(self) -> bool:
         X, _ = next(self.data.train.batches(1))
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with torch.no_grad(), random_state_kept():
                 call_as_it_is(self.model.train(), X)
         except ValueError:  # "Expected more than 1 value per channel when training"
             return False
@@ -252,11 +256,10 @@ class Run:
             NumericsError: If a loss or gradient is not finite; the weights have not moved.
             Stopped: After saving, if `should_stop` said so.
         """
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
-                with torch.random.fork_rng(devices=devices):
+                with random_state_kept():
                     yield from self._epoch(epoch, first, should_stop)
         except HesstraceError:
             self._unlock()
@@ -305,10 +308,11 @@ class Run:
         so that a run resumed in mid-epoch needs none saved, in any of its processes.
         """
         key = self.step + (self.ranks.rank << 44)
-        torch.manual_seed(derived_seed(self.config.seed, "model", key))
+        seed_defaults(derived_seed(self.config.seed, "model", key))
         progress = self.step / self.total_steps
         lr = learning_rate(self.config, progress)
-        self.stepper.step(examples, self.step, progress, lr, self.sums)
+        with deterministic_algorithms(self.device):
+            self.stepper.step(examples, self.step, progress, lr, self.sums)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         sums = self._reduce()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from hesstrace_cli.config import TrainConfig
@@ -86,3 +89,32 @@ def test_files_read_by_workers_give_the_run_of_one_tensor(tmp_path):
     again = train_to_end(tmp_path / "stopped", num_workers=2, resume=True, **settings)
     for name, tensor in held.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("side", [4, 8, 28, 32])
+def test_even_pooling_is_adaptive_pooling(side):
+    """Without adaptive pooling, whose backward on a GPU sums in no fixed order."""
+    model = build_model("small-cnn", num_classes=3, in_shape=(1, side, side), model_args={}, seed=0)
+    assert not any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules())
+    adaptive = copy.deepcopy(model)
+    (place,) = (i for i, module in enumerate(model) if isinstance(module, nn.AvgPool2d))
+    adaptive[place] = nn.AdaptiveAvgPool2d(2)
+    X = torch.randn(5, 1, side, side)
+    outputs = [each(X) for each in (model, adaptive)]
+    for output in outputs:
+        output.square().sum().backward()
+    pairs = [
+        (p.grad, q.grad) for p, q in zip(model.parameters(), adaptive.parameters(), strict=True)
+    ]
+    for found, expected in [outputs, *pairs]:
+        torch.testing.assert_close(found, expected)
+        assert side == 28 or torch.equal(found, expected)  # 49 numbers, divided by 7 and 7 there
+    assert [*model.state_dict()] == [*adaptive.state_dict()]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (6, 8), (7, 4)])
+def test_uneven_pooling_is_adaptive(shape):
+    model = build_model("small-cnn", num_classes=3, in_shape=(1, *shape), model_args={}, seed=0)
+    even = all(side // 2 % 2 == 0 for side in shape)
+    assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules()) == (not even)
+    assert model(torch.randn(2, 1, *shape)).shape == (2, 3)

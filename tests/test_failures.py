@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
+import hesstrace_cli
 from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
 from hesstrace_cli.parallel import meeting
 from hesstrace_cli.plugins import load_factory
@@ -80,6 +83,34 @@ def test_memory_that_no_machine_has():
 def test_a_process_out_of_memory_is_not_alone():
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"), meeting():
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+
+ASKED = ("is_of_the_machine", "is_out_of_memory", "refuse", "_explained")
+# Errors of matplotlib; damaged archives, which ask for any size.
+LOOKED_AT = {"plots.py:save", "sources.py:_npz"}
+
+
+def test_nobody_catches_runtime_errors_unasked():
+    """A handler that takes them, or all exceptions, passes on those of the machine."""
+    package = Path(hesstrace_cli.__file__).parent
+    unasked, handlers = [], 0
+    for file in package.rglob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                if not isinstance(node, ast.ExceptHandler):
+                    continue
+                names = {n.id for n in ast.walk(node.type or node) if isinstance(n, ast.Name)}
+                if not names & {"RuntimeError", "Exception", "_NO_DERIVATIVE"}:
+                    continue
+                handlers += 1
+                text = "".join(map(ast.unparse, node.body))
+                place = f"{file.name}:{function.name}"
+                if not any(f"{name}(" in text for name in ASKED) and place not in LOOKED_AT:
+                    unasked.append(place)
+    assert handlers > 15
+    assert not unasked
 
 
 PLUGIN = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hesstrace_cli.plugins import load_factory
-from hesstrace_cli.precision import full_precision
+from hesstrace_cli.precision import deterministic_algorithms, full_precision
 from tests.conftest import invoke
 
 BACKENDS = torch.backends
@@ -122,3 +122,20 @@ def test_commands_measure_in_full_precision_and_train_as_set(tmp_path):
     checked = [p for _, dtype, p in precisions("verify") if dtype == torch.float64]
     assert checked.count("ieee") > 0.9 * len(checked)  # all but the first looks at the model
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_deterministic_algorithms(mode):
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        before = torch.get_deterministic_debug_mode()
+        with deterministic_algorithms(torch.device("cuda")):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.get_deterministic_debug_mode() == max(1, before)
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.get_deterministic_debug_mode() == before
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        with deterministic_algorithms(torch.device("cpu")):
+            assert torch.get_deterministic_debug_mode() == before
+    finally:
+        torch.set_deterministic_debug_mode("default")

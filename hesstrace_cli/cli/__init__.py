@@ -58,4 +58,7 @@ def main() -> None:
     sys.excepthook = screen.show_bug
     # PyTorch's own forward mode calls it.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    # Training takes deterministic algorithms where there are some.
+    for words in (".* does not have a deterministic implementation", "Deterministic behavior was"):
+        warnings.filterwarnings("ignore", words, UserWarning)
     typer.main.get_command(app)()  # app() would put Typer's own excepthook in the place of ours

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hesstrace_cli.curvature.differentiable import differentiable_ops
 from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.errors import ModelError
+from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.tasks import Classification, Task
 
 
@@ -117,8 +118,7 @@ def uses_batch_statistics(model: nn.Module, X: Tensor) -> bool:
     Decided by the operations that a forward pass in the model's present mode runs, so that a
     batch norm called as a function is found too. The model and the random state are untouched.
     """
-    devices = [X.device] if X.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), _BatchStatistics() as watch:
+    with torch.no_grad(), random_state_kept(), _BatchStatistics() as watch:
         call_as_it_is(model, X)
     return watch.found
 
@@ -130,7 +130,7 @@ def draws_random_numbers(model: nn.Module, X: Tensor) -> bool:
     def state() -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_state_kept():
         before = state()
         call_as_it_is(model, X)
         return any(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))

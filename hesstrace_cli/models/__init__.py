@@ -13,10 +13,11 @@ from torchvision import models as torchvision_models
 
 from hesstrace_cli.config import did_you_mean, likely, shortened
 from hesstrace_cli.errors import ModelError
-from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
 from hesstrace_cli.models.small import MLP, small_cnn
 from hesstrace_cli.plugins import accepted, call_factory, is_factory, load_factory
+from hesstrace_cli.randomness import random_state_kept, seed_defaults
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": small_cnn,
@@ -57,8 +58,8 @@ def build_model(
     factory = _factory(spec)
     offered = {"num_classes": num_classes, "in_shape": tuple(in_shape)}
     arguments = {**accepted(factory, offered), **model_args}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with random_state_kept():
+        seed_defaults(seed)
         try:
             model = call_factory(factory, arguments, f"model {spec}", ModelError)
         except (TypeError, ValueError, RuntimeError) as problem:
@@ -69,8 +70,8 @@ def build_model(
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     if any(map(is_lazy, _tensors(model))):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with random_state_kept():
+            seed_defaults(seed)
             _initialize(model, in_shape, spec)
     return model
 
@@ -100,6 +101,8 @@ def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(2, *in_shape))
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+        if is_of_the_machine(problem):
+            raise
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(
             f"model {spec!r} has lazy modules, and the forward pass on inputs of shape "
