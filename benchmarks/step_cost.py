@@ -34,8 +34,8 @@ from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.loading import select_device
 from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.layout import markdown_table
+from hesstrace_cli.state import Sums
 from hesstrace_cli.stepcost import seconds_of_steps
-from hesstrace_cli.steps import Sums
 from hesstrace_cli.training import Run
 
 _DRAWS_TIMED = 10

@@ -75,9 +75,8 @@ def test_torch_is_not_needed(monkeypatch):
 
 
 def test_memory_that_no_machine_has():
-    for number in (10**10, 10**17):
-        result = invoke("train", "--num-classes", number)
-        assert_one_line_error(result, 2, "out of memory", "--batch-size")
+    result = invoke("train", "--num-classes", 2 * 10**9, "--model-arg", "width=200")
+    assert_one_line_error(result, 2, "out of memory", "--batch-size")
 
 
 def test_a_process_out_of_memory_is_not_alone():
