@@ -284,14 +284,18 @@ def _interval(mean: Mean) -> list[float] | None:
 
 @full_precision()
 def estimate_checkpoint(
-    path: str, config: EstimateConfig, on_pass: OnPass | None = None
+    path: str,
+    config: EstimateConfig,
+    on_pass: OnPass | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The trace record of one checkpoint, and warnings.
+    """The trace record of one checkpoint, and warnings; `on_loaded` is told when it is read.
 
     Raises:
         HesstraceError: As `load_checkpoint` and `trace_record`.
     """
     loaded = load_checkpoint(path, config)
+    on_loaded()
     record = trace_record(
         loaded.model, loaded.split, config, on_pass,
         population=loaded.population, ranks=join(next(loaded.model.parameters()).device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,8 +39,10 @@ _BULK = 0.99  # share of the eigenvalues that count as the bulk
 
 
 @full_precision()
-def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str, Any], list[str]]:
-    """The spectrum record of one checkpoint, and warnings.
+def spectrum_of_checkpoint(
+    path: str, config: SpectrumConfig, on_loaded: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], list[str]]:
+    """The spectrum record of one checkpoint, and warnings; `on_loaded` is told when it is read.
 
     H or G is that of the mean cross-entropy over the chosen examples, all trainable parameters,
     in eval mode.
@@ -51,6 +53,7 @@ def spectrum_of_checkpoint(path: str, config: SpectrumConfig) -> tuple[dict[str,
     """
     begin = time.monotonic()
     loaded = load_checkpoint(path, config)
+    on_loaded()
     model, split = loaded.model.eval(), loaded.split
     if draws_random_numbers(model, next(split.batches(2))[0]):
         raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")

@@ -52,7 +52,8 @@ def compare(
     with_trace = any("trace" in row for rows in settings.candidates() for row in rows)
     warn_of_unused(settings, with_trace=with_trace)
 
-    from hesstrace_cli import grid
+    with screen.doing("loading"):
+        from hesstrace_cli import grid
 
     runs = grid.plan(settings)
     if settings.plan:
@@ -68,7 +69,8 @@ def compare(
     if settings.tune:
         grid.write_chosen(grid.root(settings), chosen)
         _say_choices(runs, chosen)
-    costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
+    with screen.doing("timing a step of each row"):
+        costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(grid.results(chosen), costs, grid.root(settings))
     lock.release()
 
@@ -89,9 +91,10 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
-    from hesstrace_cli.comparison import Found, check_comparable, collect
+    with screen.doing("loading"):
+        from hesstrace_cli.comparison import Found, check_comparable, collect
 
-    each = [collect(Path(folder)) for folder in folders]
+        each = [collect(Path(folder)) for folder in folders]
     found = Found(
         [run for one in each for run in one.finished],
         [run for one in each for run in one.diverged],
@@ -158,6 +161,7 @@ def _one_by_one(
 
     for number, planned in enumerate(pending, start=1):
         name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.config.epochs
+        board.show([(name, 0, epochs)], len(pending) - number)
         try:
             run = Run(planned.config)
             for progress in run.advance(stop):

@@ -8,7 +8,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import check_places, records_of, write_json
+from hesstrace_cli.cli.output import Tell, check_places, records_of, write_json
 from hesstrace_cli.config import EstimateConfig, resolve
 from hesstrace_cli.reporting import plots, tables
 
@@ -34,12 +34,17 @@ def estimate_trace(
     """
     settings = resolve(EstimateConfig, flags, config)
 
-    from hesstrace_cli.estimation import estimate_checkpoint
+    with screen.doing("loading"):
+        check_places(settings.json, settings.plot)
+    passes = _Passes()
 
-    check_places(settings.json, settings.plot)
-    records, code = records_of(
-        checkpoints, lambda path: estimate_checkpoint(path, settings, _on_pass(path))
-    )
+    def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
+        from hesstrace_cli.estimation import estimate_checkpoint
+
+        passes.begin(path, tell)
+        return estimate_checkpoint(path, settings, passes, lambda: tell("estimating"))
+
+    records, code = records_of(checkpoints, record_of, passes.so_far)
     if records and not screen.is_second():
         _report(records, settings, several=len(checkpoints) > 1)
     if code:
@@ -54,13 +59,28 @@ def _report(records: list[dict[str, Any]], settings: EstimateConfig, *, several:
         plots.save(plots.plot_traces(records), settings.plot)
 
 
-def _on_pass(path: str) -> Any:
-    def report(passes: int, total: Mean) -> None:
-        error = "" if total.stderr is None else f" ± {total.stderr:.2g}"
-        if total.stderr != 0 and passes & (passes - 1) == 0:  # 1, 2, 4, ...: a log that stays short
-            screen.say(f"{path}: pass {passes}, trace {total.value:.4g}{error}")
+class _Passes:
+    """Tells the estimate of the checkpoint at work as its passes end, and remembers the last."""
 
-    return report
+    def __init__(self) -> None:
+        self._known = ""
+
+    def begin(self, path: str, tell: Tell) -> None:
+        """Another checkpoint."""
+        self._path, self._tell, self._known = path, tell, ""
+
+    def __call__(self, passes: int, total: Mean) -> None:
+        """A pass has ended."""
+        error = "" if total.stderr is None else f" ± {total.stderr:.2g}"
+        self._known = f"trace {total.value:.4g}{error}"
+        self._tell(f"estimating, pass {passes}, {self._known}:")
+        if total.stderr != 0 and passes & (passes - 1) == 0:  # 1, 2, 4, ...: a log that stays short
+            screen.say(f"{self._path}: pass {passes}, {self._known}")
+        self._known += f" after {passes} {'pass' if passes == 1 else 'passes'}"
+
+    def so_far(self) -> str | None:
+        """What is known, after one pass at least."""
+        return self._known or None
 
 
 def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
@@ -73,15 +93,19 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
         for record in records:
             screen.show(tables.report_table(record))
         screen.say(tables.READING)
-    for record in records:
+    methods = [f"method {record['method']}: {record['reason']}" for record in records]
+    if len(set(methods)) == 1:
+        screen.say(methods[0])
+    for record, method in zip(records, methods, strict=True):
         where = f"{record['checkpoint']}: " if len(records) > 1 else ""
-        screen.say(f"{where}method {record['method']}: {record['reason']}")
+        if len(set(methods)) > 1:
+            screen.say(f"{where}{method}")
         note = tables.subset_note(record)
         if note is not None:
             screen.say(where + note)
         if record["collapsed"]:
             screen.say(
-                f"{where}warning: the network has collapsed, or was not trained: "
+                f"warning: {where}the network has collapsed, or was not trained: "
                 f"{record['collapsed']}. A small trace says nothing of it"
             )
     given = {key: value for key, value in first["preprocess"].items() if value is not None}

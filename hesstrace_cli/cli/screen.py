@@ -74,7 +74,7 @@ def refuse_processes(command: str) -> None:
 
 
 def complain(text: str) -> None:
-    """An error, made safe, in one line; every process may say it."""
+    """An error, made safe, as one line; every process may say it."""
     if is_second():
         text = f"process {os.environ['RANK']}: {text}"
     _write_line(text)
@@ -83,7 +83,7 @@ def complain(text: str) -> None:
 def _write_line(text: str) -> None:
     console = _console(sys.stderr, stderr=True)
     console.quiet = False
-    console.print(Text(for_screen(text)), soft_wrap=True)
+    console.print(Text(for_screen(text)), soft_wrap=not console.is_terminal)
 
 
 def warn(
@@ -145,6 +145,18 @@ def progress_bar(total: int) -> Iterator[Callable[[str, int], None] | None]:
     with _drawing(console), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda text, done: progress.update(task, description=for_screen(text), completed=done)
+
+
+@contextmanager
+def doing(text: str) -> Iterator[Callable[[str], None]]:
+    """On a terminal a line that says what is being done, until it is; what it gives changes it."""
+    console = messages()
+    if not console.is_terminal:
+        yield lambda _text: None
+        return
+    status = console.status(Text(for_screen(text)), spinner="line")
+    with _drawing(console), status:
+        yield lambda text: status.update(Text(for_screen(text)))
 
 
 class Board:

@@ -8,7 +8,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import check_places, records_of, write_json
+from hesstrace_cli.cli.output import Tell, check_places, records_of, write_json
 from hesstrace_cli.config import SpectrumConfig, resolve
 from hesstrace_cli.reporting import plots, spectra, tables
 
@@ -29,10 +29,15 @@ def spectrum(
     screen.refuse_processes("spectrum")
     settings = resolve(SpectrumConfig, flags, config)
 
-    from hesstrace_cli.spectrum import spectrum_of_checkpoint
+    with screen.doing("loading"):
+        check_places(settings.json, settings.plot)
 
-    check_places(settings.json, settings.plot)
-    records, code = records_of(checkpoints, lambda path: spectrum_of_checkpoint(path, settings))
+    def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
+        from hesstrace_cli.spectrum import spectrum_of_checkpoint
+
+        return spectrum_of_checkpoint(path, settings, lambda: tell("estimating"))
+
+    records, code = records_of(checkpoints, record_of)
     if records:
         several = {"schema": "hesstrace/spectra/1", "spectra": records}
         if not write_json(several if len(checkpoints) > 1 else records[0], settings.json):

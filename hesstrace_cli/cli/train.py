@@ -27,9 +27,10 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     row = parse_row(settings.reg, settings.lambda_)
     warn_of_unused(settings, with_trace="trace" in row)
 
-    from hesstrace_cli.training import Run
+    with screen.doing(f"loading {settings.dataset} and {settings.model}"):
+        from hesstrace_cli.training import Run
 
-    run = Run(settings)
+        run = Run(settings)
     if run.finished:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.folder.summary()
@@ -82,10 +83,12 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
             if move is not None:
                 move(f"epoch {progress.epoch}/{epochs} {label}", run.step)
             if progress.record is not None:
-                screen.say(f"{label}: {_epoch_line(progress.record, epochs)}")
+                line = _epoch_line(progress.record, epochs)
+                screen.say(f"{label}: {line}" if move is None else line)
                 report_negative(progress.record)
                 report_skipped(progress.record)
-    return run.finish()
+    with screen.doing("evaluating, and estimating the trace"):
+        return run.finish()
 
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:

@@ -26,10 +26,14 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     screen.refuse_processes("verify")
     settings = resolve(VerifyConfig, flags, config)
 
-    from hesstrace_cli.verify import verify as run
-
     check_places(settings.json)
-    with redirect_stdout(sys.stderr):  # a model's own prints are no results
+    # A model's own prints are no results.
+    with (
+        screen.doing(f"checking the derivatives of {settings.model}"),
+        redirect_stdout(sys.stderr),
+    ):
+        from hesstrace_cli.verify import verify as run
+
         record = run(settings)
     if not write_json(record, settings.json):
         rows = record["rows"]
