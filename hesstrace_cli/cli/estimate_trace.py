@@ -72,11 +72,11 @@ class _Passes:
     def __call__(self, passes: int, total: Mean) -> None:
         """A pass has ended."""
         error = "" if total.stderr is None else f" ± {total.stderr:.2g}"
-        self._known = f"trace {total.value:.4g}{error}"
-        self._tell(f"estimating, pass {passes}, {self._known}:")
+        trace = f"trace {total.value:.4g}{error}"
+        self._known = f"{trace} after {passes} {'pass' if passes == 1 else 'passes'}"
+        self._tell(f"estimating, {self._known}:")
         if total.stderr != 0 and passes & (passes - 1) == 0:  # 1, 2, 4, ...: a log that stays short
-            screen.say(f"{self._path}: pass {passes}, {self._known}")
-        self._known += f" after {passes} {'pass' if passes == 1 else 'passes'}"
+            screen.say(f"{self._path}: pass {passes}, {trace}")
 
     def so_far(self) -> str | None:
         """What is known, after one pass at least."""
