@@ -200,11 +200,11 @@ class SoftmaxTask(Task):
         omega = self._omega(outputs, targets)
         if omega is not None:
             rows = rows * omega.movedim(self.class_dim, -1).reshape(-1, 1).sqrt()
-        rows = rows.reshape(num_classes - 1, N, -1, num_classes)
-        terms = rows.shape[2]
+        terms = math.prod(moved.shape[1:-1])
+        rows = rows.reshape(num_classes - 1, N, terms, num_classes)
         # One term at a time: two terms in one backward pass would meet in the squared norm.
         alone = torch.eye(terms, dtype=rows.dtype, device=rows.device)[:, None, None, :, None]
-        apart = (alone * rows).reshape(-1, *moved.shape)
+        apart = (alone * rows).reshape(terms * (num_classes - 1), *moved.shape)
         return apart.movedim(-1, self.class_dim + 1)
 
     def curvature_traces(self, outputs: Tensor, targets: Tensor) -> Tensor:
