@@ -120,12 +120,12 @@ def computed_truth(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     total, *_ = xtrace(
         matrix, like, matrix.sizes, num_products=arguments.truth_products, generator=generator
     )
-    loss, accuracy = evaluate(model, split, 256)
+    found = evaluate(model, split, 256)
     return {
         "trace": total.value,
         "stderr": total.stderr,
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
         "num_parameters": matrix.size,
     }
 

@@ -18,7 +18,7 @@ from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.independence import Unfit
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, trainable
+from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, eval_mode, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
@@ -26,7 +26,7 @@ from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
-from hesstrace_cli.evaluation import collapse, evaluate, generalization_report
+from hesstrace_cli.evaluation import collapse_of, evaluate, finite, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
@@ -66,16 +66,13 @@ def data_loss(model: nn.Module, split: Split, batch_size: int, ranks: Ranks = AL
 @full_precision()
 def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float:
     """The largest eigenvalue of H over a split, in eval mode, to a residual of .001 of it."""
-    was_training = model.training
-    model.eval()
     data = data_loss(model, split, batch_size)
     matrix = CurvatureMatrix(data, "hessian")
     like = next(iter(data.objective.params.values())).detach()
     generator = Generator(like.device).manual_seed(seed)
     start = rademacher(like.new_empty(matrix.size), generator=generator)
-    found = extreme_eigenvalues(Krylov(matrix, start), k=1)
-    model.train(was_training)
-    return found.largest[0]
+    with eval_mode(model):
+        return extreme_eigenvalues(Krylov(matrix, start), k=1).largest[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +101,13 @@ def estimate(
     population: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Estimated:
-    """Estimate the trace of the mean cross-entropy's Hessian over a split, in eval mode.
+    """Estimate the trace of the mean loss's Hessian over a split, in eval mode.
 
     H is taken over all trainable parameters, with no augmentation. The model's modes, gradients,
     buffers and the global random state are left as they were.
 
     Args:
-        model: Gives logits (N, C).
+        model: Gives outputs as the split's task expects them.
         split: The examples.
         config: Method, probes, stopping rule, batch size and seed.
         on_pass: Told the estimate after every pass.
@@ -122,9 +119,7 @@ def estimate(
         ModelError: If the model is random in eval mode, as with a Dropout left on.
         NumericsError: If a sample is not finite.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         X, _ = next(split.batches(min(config.batch_size, _EXAMPLES_TO_TRY)))
         if draws_random_numbers(model, X):
             raise ModelError(
@@ -157,9 +152,6 @@ def estimate(
                 )
             except Unfit as problem:
                 unfit.append(problem)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _stop(config: EstimateConfig) -> Stop:
@@ -231,9 +223,9 @@ def trace_record(
         NumericsError: If the loss is not finite.
     """
     begin = time.monotonic()
-    loss, accuracy = evaluate(model, split, config.batch_size)
-    if not math.isfinite(loss):
-        raise NumericsError(f"the loss is {loss} on these {len(split)} examples")
+    found = evaluate(model, split, config.batch_size)
+    if not math.isfinite(found.loss):
+        raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)
     result = estimated.result
     params = trainable(model)
@@ -250,9 +242,12 @@ def trace_record(
         "num_population": population or len(split),
         "subset_stderr": result.subset_stderr,
         "num_parameters": sum(p.numel() for p in params.values()),
-        "loss": loss,
-        "accuracy": accuracy,
-        "collapsed": collapse(loss, accuracy, split.labels),
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "collapsed": collapse_of(found, split),
+        "task": split.task.name,
+        "num_terms": split.num_terms,
+        "metrics": {name: finite(value) for name, value in found.metrics.items()},
     }
     if config.per_layer or config.plot is not None:
         record["per_layer"] = [

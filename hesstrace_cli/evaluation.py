@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from hesstrace_cli.curvature.objective import call_as_it_is
+from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode, outputs_of
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.data import DataSet, Split
@@ -18,23 +17,38 @@ from hesstrace_cli.data import DataSet, Split
 MOST_COLUMNS = 32
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy on a split, in eval mode.
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on a split.
 
-    The model's mode is restored.
+    Attributes:
+        loss: The task's mean loss over the terms.
+        metrics: The task's, by name.
     """
-    was_training = model.training
-    model.eval()
-    sums = []
-    for X, y in split.batches(batch_size):
-        logits = model(X)
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        sums.append(torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()]))
-    model.train(was_training)
-    # Summed where they are: a GPU is waited for once.
-    loss_sum, correct = functools.reduce(torch.add, sums).tolist()
-    return loss_sum / len(split), correct / len(split)
+
+    loss: float
+    metrics: dict[str, float]
+
+    @property
+    def accuracy(self) -> float | None:
+        """None where the task has no such thing."""
+        return self.metrics.get("accuracy")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
+    """The mean loss and the metrics on a split, in eval mode.
+
+    The host waits for the device once, at the end.
+    """
+    task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
+    with eval_mode(model):
+        for X, y in split.batches(batch_size):
+            outputs = outputs_of(model(X))
+            total = total.to(outputs.device)
+            total += task.loss(outputs, y).double() * task.num_terms(y)
+            meter.add(outputs, y)
+    return Evaluation(total.item() / split.num_terms, meter.result())
 
 
 def finite(number: float | None) -> float | None:
@@ -43,6 +57,13 @@ def finite(number: float | None) -> float | None:
 
 
 _FAR = 10.0  # times log C
+
+
+def collapse_of(found: Evaluation, split: Split) -> str | None:
+    """`collapse` of an evaluation; nothing is said where examples have no class each."""
+    if split.task.name != "classification" or split.labels.is_floating_point():
+        return None
+    return collapse(found.loss, found.metrics["accuracy"], split.labels)
 
 
 def collapse(loss: float, accuracy: float, labels: Tensor) -> str | None:
@@ -71,70 +92,50 @@ def collapse(loss: float, accuracy: float, labels: Tensor) -> str | None:
     return None
 
 
-_BINS = 15
+def input_jacobian(
+    model: nn.Module, split: Split, batch_size: int, *, seed: int = 0
+) -> Mean | None:
+    """The mean over examples of ||df(x)/dx||_F^2, f the outputs, in eval mode.
 
-
-@torch.no_grad()
-def calibration_error(model: nn.Module, split: Split, batch_size: int) -> float:
-    """The expected calibration error: mean |accuracy - confidence| over 15 bins of confidence.
-
-    Source:
-        Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017.
-    """
-    was_training = model.training
-    model.eval()
-    pairs = []
-    for X, y in split.batches(batch_size):
-        confidence, predicted = F.softmax(model(X).double(), 1).max(1)
-        pairs.append(torch.stack([confidence, (predicted == y).double() - confidence]))
-    model.train(was_training)
-    # On the CPU, where the order of summation is always the same.
-    confidence, surplus = torch.cat(pairs, 1).cpu()
-    bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
-    gap = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, surplus)
-    return gap.abs().sum().item() / len(split)
-
-
-def input_jacobian(model: nn.Module, split: Split, batch_size: int, *, seed: int = 0) -> Mean:
-    """The mean over examples of ||df(x)/dx||_F^2, f the logits, in eval mode.
-
-    Exact for each example by C backward passes where C is at most 32; else from 32 random sign
-    vectors s, as E ||s^T J||^2 = ||J||_F^2. The model's mode is restored.
+    Exact for each example by K backward passes where its outputs are at most K = 32 numbers; else
+    from 32 random sign vectors s, as E ||s^T J||^2 = ||J||_F^2.
 
     Args:
-        model: Gives logits of shape (N, C).
+        model: The network.
         split: The examples.
         batch_size: Examples at a time.
         seed: Of the sign vectors.
 
     Returns:
-        With the standard error as an estimate for all examples that the split may stand for.
+        With the standard error as an estimate for all examples that the split may stand for; None
+        of inputs that are indices, which have no derivative.
     """
-    was_training = model.training
-    model.eval()
     norms = []
-    for X, _ in split.batches(batch_size):
-        generator = Generator(X.device).manual_seed(seed)
-        norms.append(_squared_norms(model, X, generator))
-    model.train(was_training)
+    with eval_mode(model):
+        for X, _ in split.batches(batch_size):
+            if not X.is_floating_point():
+                return None
+            generator = Generator(X.device).manual_seed(seed)
+            norms.append(_squared_norms(model, X, generator))
     return means(torch.cat(norms).double().cpu()[:, None])[0]
 
 
 def _squared_norms(model: nn.Module, X: Tensor, generator: Generator) -> Tensor:
     X = X.detach().requires_grad_()
     with torch.enable_grad():
-        logits = call_as_it_is(model, X)
-    columns = logits.shape[1]
-    if columns <= MOST_COLUMNS:
-        cotangents = list(torch.eye(columns, dtype=logits.dtype, device=X.device))
-        cotangents = [row.expand_as(logits) for row in cotangents]
+        outputs = call_as_it_is(model, X)
+    shape = outputs.shape[1:]
+    numbers = math.prod(shape)
+    if numbers <= MOST_COLUMNS:
+        rows = torch.eye(numbers, dtype=outputs.dtype, device=X.device)
+        cotangents = [row.reshape(1, *shape).expand_as(outputs) for row in rows]
     else:
-        cotangents = [rademacher(logits.detach(), generator=generator) / MOST_COLUMNS**0.5
+        cotangents = [rademacher(outputs.detach(), generator=generator) / MOST_COLUMNS**0.5
                       for _ in range(MOST_COLUMNS)]  # fmt: skip
     total = torch.zeros(len(X), dtype=torch.float64, device=X.device)
     for cotangent in cotangents:
         (product,) = torch.autograd.grad(
-            logits, X, cotangent, retain_graph=True, materialize_grads=True
+            outputs, X, cotangent, retain_graph=True, materialize_grads=True
         )
         total += product.double().square().flatten(1).sum(1)
     return total
@@ -152,17 +153,21 @@ def generalization_report(
         batch_size: Examples at a time.
         trace: tr(H) or tr(G) on the split.
     """
-    train_loss, train_accuracy = evaluate(model, data.train, batch_size)
-    test_loss, test_accuracy = evaluate(model, data.test, batch_size)
+    train, test = (evaluate(model, each, batch_size) for each in (data.train, data.test))
     jacobian = input_jacobian(model, split, batch_size)
+    gap = None
+    if train.accuracy is not None and test.accuracy is not None:
+        gap = train.accuracy - test.accuracy
     return {
-        "train_loss": train_loss,
-        "test_loss": test_loss,
-        "generalization_gap": test_loss - train_loss,
-        "train_accuracy": train_accuracy,
-        "test_accuracy": test_accuracy,
-        "accuracy_gap": train_accuracy - test_accuracy,
-        "input_jacobian": finite(jacobian.value),
-        "input_jacobian_stderr": finite(jacobian.stderr),
+        "train_loss": train.loss,
+        "test_loss": test.loss,
+        "generalization_gap": test.loss - train.loss,
+        "train_accuracy": train.accuracy,
+        "test_accuracy": test.accuracy,
+        "accuracy_gap": gap,
+        "train_metrics": train.metrics,
+        "metrics": test.metrics,
+        "input_jacobian": None if jacobian is None else finite(jacobian.value),
+        "input_jacobian_stderr": None if jacobian is None else finite(jacobian.stderr),
         "trace": trace,
     }

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hesstrace_cli.casting import cast_model
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
 from hesstrace_cli.curvature.independence import MixedExamples, check_independence
-from hesstrace_cli.curvature.objective import call_as_it_is
+from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.failures import is_of_the_machine
@@ -153,11 +153,8 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
         ModelError: If it does not take them, or does not give one logit a class.
     """
     X, _ = next(data.test.batches(2))
-    was_training = model.training
-    try:
-        logits = _try(model.eval(), X, name, "eval mode")
-    finally:
-        model.train(was_training)
+    with eval_mode(model):
+        logits = _try(model, X, name, "eval mode")
     if logits.dim() != 2 or len(logits) != len(X) or logits.shape[1] < data.num_classes:
         raise ModelError(
             f"model {name!r} gives outputs of shape {tuple(logits.shape)} for {len(X)} examples, "
@@ -188,6 +185,8 @@ def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
     try:
         with torch.enable_grad():
             logits = call_as_it_is(model, X)
+    except ModelError as problem:
+        raise ModelError(f"model {name!r} in {mode}: {problem}") from problem
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
         if is_of_the_machine(problem):
             raise
@@ -199,12 +198,7 @@ def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
     return logits
 
 
-def _check_output(output: object, name: str, mode: str) -> None:
-    if not isinstance(output, Tensor):
-        raise ModelError(
-            f"model {name!r} gives a {type(output).__name__} in {mode}, expected a tensor of "
-            "logits (N, C); torchvision's auxiliary outputs: --model-arg aux_logits=false"
-        )
+def _check_output(output: Tensor, name: str, mode: str) -> None:
     if not output.is_floating_point() or output.layout is not torch.strided:
         kind = str(output.dtype).removeprefix("torch.")
         raise ModelError(

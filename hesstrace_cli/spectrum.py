@@ -27,7 +27,7 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import data_loss, versions
-from hesstrace_cli.evaluation import evaluate
+from hesstrace_cli.evaluation import evaluate, finite
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.precision import full_precision
 from hesstrace_cli.stability import sentence, stability
@@ -57,9 +57,9 @@ def spectrum_of_checkpoint(
     model, split = loaded.model.eval(), loaded.split
     if draws_random_numbers(model, next(split.batches(2))[0]):
         raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")
-    loss, accuracy = evaluate(model, split, config.batch_size)
-    if not math.isfinite(loss):
-        raise NumericsError(f"the loss is {loss} on these {len(split)} examples")
+    found = evaluate(model, split, config.batch_size)
+    if not math.isfinite(found.loss):
+        raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     data = data_loss(model, split, config.batch_size)
     matrix = CurvatureMatrix(data, config.curvature)
     like = next(iter(data.objective.params.values())).detach().new_empty(matrix.size)
@@ -77,8 +77,11 @@ def spectrum_of_checkpoint(
         "curvature": config.curvature,
         "num_examples": len(split),
         "num_parameters": matrix.size,
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "task": split.task.name,
+        "num_terms": split.num_terms,
+        "metrics": {name: finite(value) for name, value in found.metrics.items()},
         "split": config.split,
         "dtype": config.dtype,
         "device": str(like.device),

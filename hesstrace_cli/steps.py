@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.differentiable import differentiable_ops
-from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.objective import Objective, outputs_of
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.parallel import Ranks
@@ -146,9 +146,9 @@ class Stepper:
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
                 with differentiable_ops(order=self.order):
-                    logits = self.objective.model(batch.X)
+                    logits = outputs_of(self.objective.model(batch.X))
             else:
-                logits = self._model(batch.X)
+                logits = outputs_of(self._model(batch.X))
             loss = self.objective.task.loss(logits, batch.targets)
         return Step(
             self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,

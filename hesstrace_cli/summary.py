@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,7 @@ from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.data import DataSet, Split, stratified_order
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import top_eigenvalue, trace_record
-from hesstrace_cli.evaluation import (
-    calibration_error,
-    collapse,
-    evaluate,
-    finite,
-    input_jacobian,
-)
+from hesstrace_cli.evaluation import collapse_of, evaluate, finite, input_jacobian
 from hesstrace_cli.precision import full_precision
 
 _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
@@ -41,34 +36,44 @@ def summarize(
     """
     model.eval()
     batch_size = max(config.batch_size, 256)
-    train_loss, train_accuracy = evaluate(model, data.train, batch_size)
-    test_loss, test_accuracy = evaluate(model, data.test, batch_size)
-    if not math.isfinite(train_loss + test_loss):
+    train, test = (evaluate(model, split, batch_size) for split in (data.train, data.test))
+    val = None if data.val is None else evaluate(model, data.val, batch_size)
+    if not math.isfinite(train.loss + test.loss):
         raise NumericsError(
-            f"the train loss is {train_loss:g} and the test loss {test_loss:g} after the last "
+            f"the train loss is {train.loss:g} and the test loss {test.loss:g} after the last "
             f"step; the weights are in {checkpoint}"
         )
     some = data.train
     if len(some) > _EXAMPLES:
         some = some.subset(stratified_order(some.labels, 0)[:_EXAMPLES])
+    jacobian = input_jacobian(model, some, batch_size)
     return {
         "dataset": config.dataset,
         "model": config.model,
         "seed": config.seed,
         "epochs": config.epochs,
-        "train_loss": train_loss,
-        "train_accuracy": train_accuracy,
-        "collapsed": collapse(train_loss, train_accuracy, data.train.labels),
-        "val_accuracy": None if data.val is None else evaluate(model, data.val, batch_size)[1],
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "calibration_error": calibration_error(model, data.test, batch_size),
+        "task": data.train.task.name,
+        "num_terms": data.train.num_terms,
+        "train_loss": train.loss,
+        "train_accuracy": train.accuracy,
+        "collapsed": collapse_of(train, data.train),
+        "val_accuracy": None if val is None else val.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "calibration_error": test.metrics.get("calibration_error"),
+        "metrics": _finite(test.metrics),
+        "train_metrics": _finite(train.metrics),
+        "val_metrics": None if val is None else _finite(val.metrics),
         "trace": _trace(model, some, len(data.train), config, checkpoint),
-        "input_jacobian": finite(input_jacobian(model, some, batch_size).value),
+        "input_jacobian": None if jacobian is None else finite(jacobian.value),
         "top_eigenvalue": _top_eigenvalue(model, some, batch_size, config.seed)
         if config.top_eigenvalue
         else None,
     }
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in metrics.items()}
 
 
 def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float | None:

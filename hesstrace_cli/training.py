@@ -21,7 +21,7 @@ from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainabl
 from hesstrace_cli.data import DataSet, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, Stopped
 from hesstrace_cli.estimation import trace_record, versions
-from hesstrace_cli.evaluation import evaluate
+from hesstrace_cli.evaluation import evaluate, finite
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.models import build_model
 from hesstrace_cli.parallel import join
@@ -328,8 +328,8 @@ class Run:
         if self.config.precision == "fp16":
             record["skipped_steps"] = sums.skipped
         if self.data.val is not None:
-            loss, accuracy = evaluate(self.model, self.data.val, self.config.batch_size)
-            record |= {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}
+            found = evaluate(self.model, self.data.val, self.config.batch_size)
+            record |= {"val_loss": finite(found.loss), "val_accuracy": found.accuracy}
         if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
             record |= self._monitored_trace()
         record["seconds"] = self.seconds
@@ -366,9 +366,7 @@ class Run:
         split = self.data.train
         split = split.subset(stratified_order(split.labels, 0)[:_MONITORED_EXAMPLES])
         config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
-        self.model.eval()
         record = trace_record(self.model, split, config) if self.ranks.is_first else {}
-        self.model.train()
         return {"trace": record.get("trace"), "trace_stderr": record.get("stderr")}
 
     def _save(self, path: Path) -> None:

@@ -21,7 +21,7 @@ from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.estimation import top_eigenvalue
-from hesstrace_cli.evaluation import calibration_error
+from hesstrace_cli.evaluation import evaluate
 from tests.conftest import TINY, invoke, make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make
@@ -86,7 +86,8 @@ def test_calibration_error():
     y = torch.tensor([0, 1, 1, 1])  # right, wrong; right; wrong
     split = TensorSplit(p, y, Preprocess(), torch.float64)
     truth = (abs(1 - 0.9 - 0.92) + abs(1 - 0.7) + 0.6) / 4
-    assert calibration_error(Known(), split, 3) == pytest.approx(truth)
+    found = evaluate(Known(), split, 3)
+    assert found.metrics["calibration_error"] == pytest.approx(truth)
 
 
 def test_top_eigenvalue():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,41 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return params
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run what is inside in eval mode; every module's own mode is back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def outputs_of(output: Any) -> Tensor:
+    """The outputs that a loss is taken of: a tensor, or the `logits` of a dict or object.
+
+    Raises:
+        ModelError: If it is neither.
+    """
+    found = output
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else (
+            getattr(output, "logits", None)
+        )  # fmt: skip
+    if not isinstance(found, Tensor):
+        kind = type(output).__name__
+        keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise ModelError(
+            f"the model gives a {kind}{keys}, expected a tensor, or a dict or object with logits; "
+            "torchvision's auxiliary outputs: --model-arg aux_logits=false"
+        )
+    return found
+
+
 def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> Tensor:
-    """The logits with the model's own operations, its buffers left as they are.
+    """The outputs with the model's own operations, its buffers left as they are.
 
     They have first derivatives in eval mode too, where cuDNN's recurrent layers have none.
 
@@ -52,20 +87,18 @@ def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> 
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with differentiable_ops(order=1):
-        logits: Tensor = functional_call(model, {**buffers, **(params or {})}, (X,))
-    return logits
+        return outputs_of(functional_call(model, {**buffers, **(params or {})}, (X,)))
 
 
 def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
-    """The logits at other parameters, with differentiable operations.
+    """The outputs at other parameters, with differentiable operations.
 
     The model's own parameters and buffers stay as they are: it works on copies of the buffers, as
     BatchNorm counts its batches in place.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with differentiable_ops():
-        logits: Tensor = functional_call(model, {**params, **buffers}, (X,))
-    return logits
+        return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,21 @@ def _trace(record: Mapping[str, Any]) -> str:
     return text
 
 
+def share(value: float | None) -> str:
+    """A number between 0 and 1 to four places; a dash for none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What a finished run shows."""
     trace, penalty = summary["trace"], summary["trace_penalty"]
     rows = [
         ["regularizers", Words(summary["regularizers"])],
-        ["test accuracy", f"{summary['test_accuracy']:.4f}"],
-        ["test loss", number(summary["test_loss"])],
-        ["train loss", number(summary["train_loss"])],
-        ["train accuracy", f"{summary['train_accuracy']:.4f}"],
+        *_metric_rows("test", summary["test_loss"], summary["metrics"]),
+        *_metric_rows("train", summary["train_loss"], summary["train_metrics"]),
     ]
-    if summary["val_accuracy"] is not None:
-        rows.append(["validation accuracy", f"{summary['val_accuracy']:.4f}"])
+    if summary["val_metrics"] is not None:
+        rows += _metric_rows("validation", None, summary["val_metrics"])
     if trace["trace"] is None:
         rows.append(["tr(H), training data, eval mode", Words(f"not known: {trace['reason']}")])
     else:
@@ -66,6 +69,20 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     return Table(title, ("quantity", "value"), rows)
 
 
+_BESIDE = ("balanced_accuracy", "calibration_error")  # in the records alone
+
+
+def _metric_rows(
+    split: str, loss: float | None, metrics: Mapping[str, float | None]
+) -> list[list[str]]:
+    rows = [
+        [f"{split} {_title(name)}", share(value) if name == "accuracy" else number(value)]
+        for name, value in metrics.items()
+        if name not in _BESIDE
+    ]
+    return rows if loss is None else [*rows, [f"{split} loss", number(loss)]]
+
+
 TRACE_HEAD = ("checkpoint", "trace", "95 % interval", "loss", "accuracy", "method", "passes")
 
 
@@ -79,7 +96,7 @@ def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([
             r["checkpoint"], _trace(r),
             "-" if r["stderr"] == 0 else interval, number(r["loss"]),
-            f"{r['accuracy']:.4f}", r["method"], passes,
+            share(r["accuracy"]), r["method"], passes,
         ])  # fmt: skip
     title = "trace of the Hessian" if records[0]["curvature"] == "hessian" else "trace of G"
     return Table(title, TRACE_HEAD, rows)

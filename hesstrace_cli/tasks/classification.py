@@ -62,34 +62,29 @@ class ClassMeter(Meter):
     """
 
     def __init__(self) -> None:
-        self._correct: Tensor | None = None  # by class
-        self._count: Tensor | None = None
-        self._gap: Tensor | None = None  # by bin
+        self._rows: list[Tensor] = []  # of each batch the class, whether it was right, confidence
+        self._num_classes = 0
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Count a batch of logits (M, C); probabilities count for their largest class."""
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         confidence, predicted = F.softmax(outputs.double(), 1).max(1)
-        right = (predicted == labels).double()
-        if self._correct is None or self._count is None or self._gap is None:
-            self._correct = outputs.new_zeros(outputs.shape[1], dtype=torch.float64)
-            self._count = torch.zeros_like(self._correct)
-            self._gap = outputs.new_zeros(_BINS, dtype=torch.float64)
-        self._correct.index_add_(0, labels, right)
-        self._count.index_add_(0, labels, torch.ones_like(right))
-        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
-        self._gap.index_add_(0, bins, right - confidence)
+        self._rows.append(
+            torch.stack([labels.double(), (predicted == labels).double(), confidence])
+        )
+        self._num_classes = outputs.shape[1]
 
     def result(self) -> dict[str, float]:
         """Over all terms, over the classes that occur, and over the bins."""
-        assert self._correct is not None
-        assert self._count is not None
-        assert self._gap is not None
-        total, present = self._count.sum(), self._count > 0
-        recalls = self._correct[present] / self._count[present]
-        values = torch.stack([
-            self._correct.sum() / total, recalls.mean(), self._gap.abs().sum() / total
-        ]).tolist()  # fmt: skip
-        return dict(
-            zip(("accuracy", "balanced_accuracy", "calibration_error"), values, strict=True)
-        )
+        # On the CPU, where the order of summation is always the same.
+        labels, right, confidence = torch.cat(self._rows, 1).cpu()
+        count = torch.bincount(labels.long(), minlength=self._num_classes)
+        correct = torch.bincount(labels.long(), right, minlength=self._num_classes)
+        bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
+        gaps = torch.bincount(bins, right - confidence, minlength=_BINS)
+        present = count > 0
+        return {
+            "accuracy": right.mean().item(),
+            "balanced_accuracy": (correct[present] / count[present]).mean().item(),
+            "calibration_error": gaps.abs().sum().item() / len(right),
+        }
