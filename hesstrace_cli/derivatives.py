@@ -23,7 +23,7 @@ from hesstrace_cli.curvature.differentiable import HeldPadding, differentiable_o
 from hesstrace_cli.curvature.ggn import trace_sample, trace_sample_at
 from hesstrace_cli.curvature.graph import check_graph, gradient, inner
 from hesstrace_cli.curvature.hessian import Mode, hvp, quadratic_form
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.objective import Objective, call_as_it_is, outputs_of
 from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.errors import DerivativeError, HesstraceError
@@ -304,7 +304,8 @@ class Check:
         def ordinary() -> Tensor:
             buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
             with differentiable_ops(order=2):
-                outputs = functional_call(objective.model, {**params, **buffers}, (self.X,))
+                raw = functional_call(objective.model, {**params, **buffers}, (self.X,))
+                outputs = outputs_of(raw)
             parts = trace_sample(outputs, params, root(outputs), keep, num_terms)
             value = torch.stack(list(parts.values())).sum()
             check_graph(value)
