@@ -15,6 +15,7 @@ from torch import Generator, nn
 import hesstrace_cli
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
+from hesstrace_cli.curvature.detached import Detached, check_attached
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.independence import Unfit
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
@@ -106,6 +107,10 @@ def estimate(
     H is taken over all trainable parameters, with no augmentation. The model's modes, gradients,
     buffers and the global random state are left as they were.
 
+    What the model takes off autograd's graph (`detach`, `no_grad`, `.item()`, straight-through
+    estimators) counts as constant: H is that of the function as autograd sees it. The reason says
+    so where that matters, and "exact" is then refused.
+
     Args:
         model: Gives outputs as the split's task expects them.
         split: The examples.
@@ -128,9 +133,15 @@ def estimate(
             )
         data = data_loss(model, split, config.batch_size, ranks)
         generator = Generator(X.device).manual_seed(config.seed)
-        if config.method in SKETCHES:
-            return _by_sketch(data, config, generator, on_pass)
         unfit: list[Unfit] = []
+        try:
+            check_attached(data.objective, X)
+        except Detached as problem:
+            unfit.append(problem)
+        if config.method in SKETCHES:
+            found = _by_sketch(data, config, generator, on_pass)
+            reason = "; ".join([found.reason, *map(str, unfit)])
+            return dataclasses.replace(found, reason=reason)
         while True:  # what one method finds out on a batch is told to the choice of the next
             try:
                 generator.manual_seed(config.seed + (ranks.rank << 32))

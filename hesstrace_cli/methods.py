@@ -9,6 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.detached import Detached
 from hesstrace_cli.curvature.exact import Curved, PerExampleTrace
 from hesstrace_cli.curvature.independence import MixedExamples, Unfit
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
@@ -32,10 +33,6 @@ DEFAULT_PROBES = 2
 
 MAX_DIAGONAL = 256
 """Up to so many weights the whole diagonal of H is taken."""
-
-
-class Detached(Unfit):
-    """The gradient that autograd gives is not that of the loss."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.curvature.detached import CutWatch, check_attached
 from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.independence import Unfit, check_independence, check_others
@@ -21,7 +22,6 @@ from hesstrace_cli.curvature.linearity import why_not_linear
 from hesstrace_cli.curvature.norm_rules import Layout, output_shape
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.curvature.per_example import (
-    Use,
     check_layouts,
     differentiated_norms,
     find_uses,
@@ -79,6 +79,12 @@ class PerExampleTrace:
         # The model's own operations: their first derivatives, all that is needed, are right.
         return call_as_it_is(self.objective.model, X)
 
+    def _watched(self, X: Tensor) -> tuple[Tensor, bool]:
+        """The outputs, and whether a value that was taken off the graph is used for them."""
+        with CutWatch() as watch:
+            outputs = self._outputs(X)
+        return outputs, watch.found
+
     def _check_linear(self, outputs: Tensor) -> None:
         problem = why_not_linear(outputs, self.objective.params) if self.linear else None
         if problem is not None:
@@ -104,11 +110,12 @@ class PerExampleTrace:
             yield X_part, y_part, None if number is None else (number, index)
 
     def _exact(self, X: Tensor, y: Tensor, key: tuple[int, int] | None) -> Tensor:
-        outputs = self._outputs(X)
+        outputs, is_cut = self._watched(X)
         cotangents = self.objective.task.columns(outputs.detach(), y)
         if not len(cotangents):  # a softmax of one class is constant
             return outputs.new_zeros(len(X), len(self.objective.params), dtype=torch.float64)
-        return self._blocks(X, key, outputs, cotangents).sum(0)
+        layouts = self._examine(X, key, outputs, is_cut)
+        return self._blocks(X, outputs, cotangents, layouts).sum(0)
 
     def sample(
         self, X: Tensor, y: Tensor, num_samples: int, generator: Generator,
@@ -117,19 +124,19 @@ class PerExampleTrace:
         """Unbiased samples of them, shape (num_samples, N, T), a backward pass each."""
         parts = []
         for X_part, y_part, key in self._parts(X, y, number):
-            outputs = self._outputs(X_part)
+            outputs, is_cut = self._watched(X_part)
+            layouts = self._examine(X_part, key, outputs, is_cut)
             at = outputs.detach()
             signs = rademacher(at.expand(num_samples, *at.shape), generator=generator)
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
-            parts.append(self._blocks(X_part, key, outputs, torch.stack(cotangents)))
+            parts.append(self._blocks(X_part, outputs, torch.stack(cotangents), layouts))
         return torch.cat(parts, 1)
 
     def _blocks(
-        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, cotangents: Tensor
+        self, X: Tensor, outputs: Tensor, cotangents: Tensor, layouts: dict[str, Layout]
     ) -> Tensor:
         objective = self.objective
         uses = find_uses(outputs, objective.params)
-        layouts = self._examine(X, key, outputs, uses)
         uses = [use for use in uses if layouts.keys() >= set(use.names.values())]
         rows = [rule_norms(uses, gradients(outputs, uses, u), layouts) for u in cotangents]
         norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -139,7 +146,7 @@ class PerExampleTrace:
         return torch.stack([norms[name].detach() for name in objective.params], -1).double()
 
     def _examine(
-        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, uses: list[Use]
+        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, is_cut: bool
     ) -> dict[str, Layout]:
         """The layouts of a batch, once it is known to fit."""
         if key in self._examined:
@@ -147,10 +154,13 @@ class PerExampleTrace:
         try:
             check_others(self._outputs, X, outputs.detach(), Generator(X.device).manual_seed(0))
             self._check_linear(outputs)
+            if is_cut:
+                check_attached(self.objective, X)
         except Unfit as problem:
             if key is None:
                 raise
             raise type(problem)(f"{problem} (in batch {key[0] + 1})") from None
+        uses = find_uses(outputs, self.objective.params)
         certain = {
             name: Layout(len(X)) for use in uses for name in use.names.values()
             if use.num_rows == len(X) and name in self._by_row
