@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hesstrace_cli.config import LARGEST, DataConfig
+from hesstrace_cli.config import LARGEST, DataConfig, TrainConfig
 from hesstrace_cli.data.checks import example_of, labels_of, same_kind
+from hesstrace_cli.data.held import HeldSplit
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.sources import Arrays, Images, Source, is_data_plugin, open_source
 from hesstrace_cli.data.splits import (
@@ -94,9 +95,16 @@ def load_data(
     for name, part in (("train", train), ("test", test)):
         _check_labels(part.labels, num_classes, f"{config.dataset} ({name})")
     train, val = _hold_out(train, config)
+    if isinstance(config, TrainConfig):  # uses them all: what is damaged is found before the work
+        train, test = _at_once(train), _at_once(test)
+        val = None if val is None else _at_once(val)
     first, _ = next(train.batches(1))
     in_shape = tuple(first.shape[1:])
     return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess)
+
+
+def _at_once(split: Split) -> Split:
+    return split.held() if isinstance(split, HeldSplit) else split
 
 
 def _preprocess(
@@ -126,15 +134,14 @@ def _split(
     if _length(part, name) == 0:
         raise DataError(f"{name} has no examples")
     labels = _labels_of(part, name)
-    if isinstance(part, Images) and config.image_size is not None:
-        numbers = len(labels) * 3 * config.image_size**2
-        if numbers <= _HELD:
-            inputs = torch.stack([image for image, _ in readable(part)])
-            return TensorSplit(inputs.to(device), labels.to(device), preprocess, dtype)
-    return DatasetSplit(
+    files = DatasetSplit(
         part, torch.arange(len(labels)), labels, preprocess, device, config.num_workers, dtype,
         Collate(name, _kind_of(part, name)),
     )  # fmt: skip
+    if isinstance(part, Images) and config.image_size is not None:
+        numbers = len(labels) * 3 * config.image_size**2
+        return HeldSplit(files) if numbers <= _HELD else files
+    return files
 
 
 def _check_finite(inputs: Tensor, name: str) -> None:
