@@ -1,7 +1,7 @@
 """Do the 95 % intervals hold the truth, and how wide are they? Over many repetitions, by method.
 
     python benchmarks/coverage.py
-    python benchmarks/coverage.py --batches 1 --repeats 4000
+    python benchmarks/coverage.py --batches 1
 
 A small network of three classes is trained for a few steps; H and G of every batch are written out,
 so that the truth is known and thousands of repetitions take seconds. Probes, running means,
@@ -207,7 +207,7 @@ def held(found: list[list[Mean]], truth: Tensor, passes: float) -> Outcome:
         intervals = [interval for mean in column if (interval := mean.interval()) is not None]
         slack = 1e-9 * scale  # rounding, where a part has no spread
         hits = sum(low - slack <= true <= high + slack for low, high in intervals)
-        shares.append(hits / len(intervals))
+        shares.append(hits / len(intervals) if intervals else 1.0)
     totals = [row[0] for row in found]
     spread = torch.tensor([mean.value for mean in totals]).std().item()
     ends = [mean.interval() or (math.nan, math.nan) for mean in totals]
@@ -360,8 +360,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--examples", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60, help="of training")
-    parser.add_argument("--repeats", type=int, default=2000)
-    parser.add_argument("--sketch-repeats", type=int, default=1000, help="of Hutch++ and XTrace")
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--sketch-repeats", type=int, default=400, help="of Hutch++ and XTrace")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,16 @@ def products(model: nn.Module, split: Split, batch_size: int) -> dict[str, Produ
     batches = list(split.batches(batch_size))
     matrix = CurvatureMatrix(DataLoss.counted(objective, lambda: batches), "hessian")
     found: dict[str, Product] = {"hesstrace": lambda v: (matrix @ v[:, None])[:, 0]}
+    peers = {"pyhessian": pyhessian_product, "curvlinops": curvlinops_product}
+    for name, product_of in peers.items():
+        if find_spec(name) is None:
+            print(f"{name} is not installed: left out")
+        else:
+            found[name] = product_of(model, batches)
+    return found
 
+
+def pyhessian_product(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Product:
     from pyhessian import hessian
 
     on_gpu = batches[0][0].is_cuda
@@ -79,15 +89,17 @@ def products(model: nn.Module, split: Split, batch_size: int) -> dict[str, Produ
         model.zero_grad()
         return torch.cat([x.flatten() for x in product]).detach()
 
-    found["pyhessian"] = pyhessian
+    return pyhessian
+
+
+def curvlinops_product(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Product:
     from curvlinops import HessianLinearOperator
 
     operator = HessianLinearOperator(
         model, nn.CrossEntropyLoss(), list(model.parameters()), batches,
         check_deterministic=False,
     )  # fmt: skip
-    found["curvlinops"] = lambda v: operator @ v
-    return found
+    return lambda v: operator @ v
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[str]:
         yield "| method | seconds to 1 % | passes | memory, MB | estimate (95 %) | truth in it |"
         yield "| --- | ---: | ---: | ---: | ---: | --- |"
         for method in METHODS:
+            package = method.split()[0]
+            if package != "hesstrace" and find_spec(package) is None:
+                yield f"| {method} | not installed | | | | |"
+                continue
             r = child("--one", name, method, "--truth", str(truth["trace"]))
             if r is None:
                 yield f"| {method} | not possible | | | | |"

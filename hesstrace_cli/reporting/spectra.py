@@ -85,17 +85,17 @@ def _contours(figure: Figure, panels: Sequence[Axes], records: Sequence[Record])
     planes = [np.array(r["slice"]["losses"], dtype=float) for r in records]
     positive = np.concatenate([p[np.isfinite(p) & (p > 0)] for p in planes])
     levels = np.geomspace(positive.min(), positive.max() * 1.0001, _LEVELS)
-    drawn: Any = None
+    filled: Any = None
     for axes, plane, record in zip(panels, planes, records, strict=True):
         grid, scale = record["slice"]["grid"], LogNorm(levels[0], levels[-1])
         shape = np.ma.masked_invalid(plane.T)
-        drawn = axes.contourf(grid, grid, shape, levels=levels, norm=scale, cmap="viridis")
+        filled = axes.contourf(grid, grid, shape, levels=levels, norm=scale, cmap="viridis")
         axes.contour(grid, grid, shape, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
         axes.plot(0, 0, "+", color="#cc3311", markersize=9)
         axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
         name = drawn(str(record["checkpoint"]))
         axes.set_title(f"loss around {name}", fontsize=9, loc="left")
     ticks = levels[:: max(1, _LEVELS // 6)]
-    bar = figure.colorbar(drawn, ax=list(panels), label="loss", ticks=ticks)
+    bar = figure.colorbar(filled, ax=list(panels), label="loss", ticks=ticks)
     bar.ax.set_yticklabels([f"{t:.3g}" for t in ticks])
     bar.ax.minorticks_off()
