@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.files import write_atomically
+from hesstrace_cli.paths import is_file, is_folder
 from hesstrace_cli.state import FORMAT, checked, is_extra
 
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net", "ema")
@@ -65,8 +66,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ModelError: If it is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not is_file(path):
+        what = "is a folder" if is_folder(path) else "does not exist, or is no regular file"
         raise ModelError(f"checkpoint {str(path)!r} {what}")
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, dict):

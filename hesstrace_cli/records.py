@@ -163,22 +163,18 @@ def read_epochs(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_there(file: Path) -> bool:
-    """Whether there is such a file.
-
-    Raises:
-        ConfigError: If it is something else.
-    """
-    if not is_file(file) and (file.exists() or file.is_symlink()):
-        raise ConfigError(f"{str(file)!r} is no file; remove it")
-    return is_file(file)
+    """Whether there is anything of the name."""
+    return file.exists() or file.is_symlink()
 
 
 def text_of(file: Path) -> str:
     """What a text file holds.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it cannot be read, or is no regular file, which might never end.
     """
+    if not is_file(file):
+        raise ConfigError(f"{str(file)!r} is no file; remove it")
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as problem:

@@ -23,6 +23,12 @@ PLACE = (
 )  # fmt: skip
 _STATE_NAMES = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
 
+_SETTINGS = {
+    "SGD": {"params", "lr", "momentum", "dampening", "weight_decay", "nesterov"},
+    "AdamW": {"params", "lr", "betas", "eps", "weight_decay"},
+}
+"""That every version of PyTorch has; others are as usual where they are missing."""
+
 
 def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     """What differs between the settings of two runs, but where to run; each in a few words."""
@@ -114,6 +120,9 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     if len(groups) != len(saved["param_groups"]):
         raise ModelError(f"its optimizer has {len(saved['param_groups'])} groups of parameters")
     for own, group in zip(groups, saved["param_groups"], strict=True):
+        missing = _SETTINGS[kind] - group.keys()
+        if missing:
+            raise ModelError(f"its optimizer has no {min(missing)}, expected the state of {kind}")
         for name in own.keys() - {"lr"}:  # set in every step
             if name in group and _plain(group[name]) != _plain(own[name]):
                 what = "other parameters" if name == "params" else f"{name} {group[name]}"

@@ -15,7 +15,8 @@ from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name, to_y
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.locks import FolderLock
-from hesstrace_cli.records import read_summary
+from hesstrace_cli.paths import is_file
+from hesstrace_cli.records import read_summary, text_of
 from hesstrace_cli.resume import changes, is_longer, why_not_longer
 from hesstrace_cli.state import check_whole, config_of
 
@@ -87,9 +88,12 @@ class RunFolder:
 
     def owns(self, file: Path) -> bool:
         """Whether a file belongs to the run in this folder, so that nothing else may be there."""
-        names = (self.last, self.best, self.settings, self.metrics, self.path / "summary.json")
         kept = re.fullmatch(r"epoch-\d{4,}\.pt", file.name) is not None
-        return self.settings.is_file() and (kept or file.name in {own.name for own in names})
+        return self.settings.is_file() and (kept or file.name in {own.name for own in self._own})
+
+    @property
+    def _own(self) -> tuple[Path, ...]:
+        return (self.last, self.best, self.settings, self.metrics, self.path / "summary.json")
 
     def check_place(self, config: TrainConfig) -> None:
         """Refuse before the work a folder in which the run can neither begin nor go on.
@@ -98,6 +102,9 @@ class RunFolder:
             ConfigError: If it is missing with `--resume`, occupied without it, or unusable.
         """
         name = repr(str(self.path))
+        for file in self._own:
+            if (file.exists() or file.is_symlink()) and not is_file(file):
+                raise ConfigError(f"{str(file)!r} is no regular file; remove it")
         try:
             there = self.path.is_dir()
             files = {file.name for file in self.path.iterdir()} if there else set()
@@ -230,7 +237,7 @@ class RunFolder:
         """The whole lines of the metrics; a killed process may have left a part of one."""
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text().splitlines(keepends=True)
+        lines = text_of(self.metrics).splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n")]
 
     def truncate_metrics(self, epochs: int) -> None:

@@ -18,7 +18,7 @@ from hesstrace_cli.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=DataConfig)
 
-_LONGEST_TEXT = 4096  # bytes, of a path on Linux
+_LONGEST_TEXT = 1 << 16  # bytes; no path is longer
 
 
 def resolve(config_class: type[ConfigT], flags: Mapping[str, Any], file: str | None) -> ConfigT:

@@ -17,6 +17,7 @@ _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 MOST_CHARACTERS = 1 << 20
 _MOST_NODES = 10_000  # with every alias written out
 _MOST_LEVELS = 30
+_LONGEST_TEXT = 300  # of a value in an error
 _LONGEST_NUMBER = 400  # digits; Python refuses to print far longer ones
 
 
@@ -130,4 +131,5 @@ class _Short(reprlib.Repr):
 
 def shortened(value: Any) -> str:
     """The value as Python writes it, cut where it is long."""
-    return _Short().repr(value)
+    text = _Short().repr(value)
+    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 4] + " ..."

@@ -98,8 +98,12 @@ def load_data(
     if isinstance(config, TrainConfig):  # uses them all: what is damaged is found before the work
         train, test = _at_once(train), _at_once(test)
         val = None if val is None else _at_once(val)
-    first, _ = next(train.batches(1))
-    in_shape = tuple(first.shape[1:])
+    in_shape, tested = (tuple(next(part.batches(1))[0].shape[1:]) for part in (train, test))
+    if len(in_shape) != len(tested) or in_shape[0] != tested[0]:
+        raise DataError(
+            f"{config.dataset}: a training input has shape {in_shape}, a test input {tested}, "
+            "expected the same"
+        )
     return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess)
 
 

@@ -129,11 +129,13 @@ def _meant(spec: str) -> str:
     """Half a sentence on a name that is not known."""
     if spec.endswith(".py"):
         return f"; a file's factory is named behind a colon: {shortened(spec + ':build')}."
-    if likely(spec, BUILT_IN) is None:
-        near = likely(spec, torchvision_models.list_models(module=torchvision_models))
-        if near is not None:
-            return f"; did you mean {TORCHVISION + near!r}?"
-    return did_you_mean(spec, BUILT_IN)
+    elsewhere = torchvision_models.list_models(module=torchvision_models)
+    near = likely(spec, [*elsewhere, *BUILT_IN])
+    return "." if near is None else f"; did you mean {_full(near)!r}?"
+
+
+def _full(name: str) -> str:
+    return name if name in BUILT_IN else TORCHVISION + name
 
 
 def _torchvision_model(name: str, **arguments: Any) -> nn.Module:
