@@ -79,7 +79,7 @@ def _or_null(check: Check) -> Check:
 
 _PLACE = {"dataset": _TEXT, "model": _TEXT, "regularizers": _TEXT, "seed": _WHOLE}
 _LAYER = _record({"name": _TEXT, "num_parameters": _WHOLE, "trace": _NUMBER, "stderr": _MAYBE})
-_TRACE = _record({"trace": _MAYBE, "stderr": _MAYBE}, {"per_layer": _list_of(_LAYER)})
+_TRACE = _record({"trace": _MAYBE, "stderr": _MAYBE, "per_layer": _list_of(_LAYER)})
 _SUMMARY = _record(
     {
         **_PLACE, "epochs": _WHOLE, "train_loss": _NUMBER, "train_accuracy": _NUMBER,

@@ -466,7 +466,7 @@ OUTPUTS = {{
     "detached": lambda y, x: y.detach(), "one": lambda y, x: y.sum(), "nothing": lambda y, x: None,
     "pair": lambda y, x: (y, y), "list": lambda y, x: y.tolist(), "one example": lambda y, x: y[:1],
     "transposed": lambda y, x: y.t(), "few": lambda y, x: y[:, :2], "raises": lambda y, x: y @ y,
-    "sparse": lambda y, x: y.to_sparse(), "map": lambda y, x: {{"logits": y}},
+    "sparse": lambda y, x: y.to_sparse(), "map": lambda y, x: {{"other": y}},
 }}
 def build(): return M(OUTPUTS[{name!r}])
 def fine(): return M(lambda y, x: y)

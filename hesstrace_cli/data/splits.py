@@ -196,7 +196,7 @@ def readable(examples: Iterable[Item]) -> Iterator[Item]:
         if is_out_of_memory(problem):
             raise
         reason = _reason(problem)
-    # Outside, so that nothing holds the loader, whose workers would live on.
+        problem.__traceback__ = None  # it would hold the loader, whose workers would live on
     raise DataError(reason)
 
 
