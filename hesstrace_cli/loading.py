@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli import launcher
 from hesstrace_cli.casting import cast_model
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.config import CheckpointConfig
@@ -17,18 +18,20 @@ from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, strati
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.models import build_model, is_plugin
-from hesstrace_cli.parallel import local_rank, under_torchrun
 from hesstrace_cli.randomness import random_state_kept
 
 
 def select_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is CUDA where there is one.
 
+    Each process of a job takes the GPU of its number on its machine.
+
     Raises:
-        ConfigError: If it does not exist here.
+        ConfigError: If it does not exist here, or is wanted by several processes.
     """
+    place = launcher.place()
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")
+        return torch.device("cuda") if place.size == 1 else _own_gpu(place)
     if name == "auto":
         return torch.device("cpu")
     kind, _, number = name.partition(":")
@@ -38,7 +41,23 @@ def select_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
         raise ConfigError(f"--device is {name!r}, but this machine has {count} usable CUDA devices")
+    if kind == "cuda" and place.local_size > 1:
+        raise ConfigError(
+            f"--device is {name!r}, which puts {place.local_size} processes on one GPU; give "
+            "--device cuda, and each takes its own"
+        )
     return torch.device(name)
+
+
+def _own_gpu(place: launcher.Place) -> torch.device:
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ConfigError(
+            f"this is process {place.local_rank + 1} of {place.local_size} on this machine, which "
+            f"has {count} usable CUDA devices, and each needs its own; lower --nproc-per-node, or "
+            "give --device cpu"
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,9 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
 
 from hesstrace_cli.checkpoints import read_checkpoint
-from hesstrace_cli.cli import app, screen
+from hesstrace_cli.cli import screen
 from tests.conftest import train_to_end
 from tests.test_parts import assert_close
 
@@ -109,16 +108,6 @@ def test_estimate_over_two_processes(tmp_path, method):
         assert b["trace"] == pytest.approx(a["trace"], rel=1e-5)
         assert b["stderr"] == pytest.approx(a["stderr"], rel=1e-3, abs=1e-12)
     assert two.stdout.count("trace of the Hessian") == 1
-
-
-def test_commands_of_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    for command in (["compare"], ["spectrum", "x.pt"], ["verify"]):
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 2
-        assert result.stderr.startswith("process 1: error:")
-        assert "runs in one process" in result.stderr
 
 
 def to_whole_group(process):

@@ -41,12 +41,12 @@ def compare(
 
     Example: hesstrace compare --reg none --reg trace=0.01 --seeds 0,1,2
     """
+    screen.refuse_processes("compare")
     if folders:
         if flags or config is not None:
             raise ConfigError("compare takes folders to tabulate, or settings of runs, not both")
         _tabulate_folders(folders)
         return
-    screen.refuse_processes("compare")
     settings = resolve(CompareConfig, flags, config)
 
     with_trace = any("trace" in row for rows in settings.candidates() for row in rows)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
+from hesstrace_cli import launcher
 from hesstrace_cli.config import DataConfig, key_of
 
 
@@ -30,6 +31,7 @@ def with_options(config_class: type[DataConfig]) -> Callable[[Callable[..., None
         names = [p.name for p in options[1:]]
 
         def called(**values: Any) -> None:
+            launcher.place()  # every command speaks as one of a job's processes, or alone
             flags = {name: values.pop(name) for name in names}
             flags = {name: value for name, value in flags.items() if value not in (None, [], ())}
             command(flags=flags, **values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from hesstrace_cli import launcher
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting.layout import Table, fitted
 from hesstrace_cli.reporting.text import for_screen
@@ -53,8 +53,11 @@ def _drawing(console: Console) -> Iterator[None]:
 
 
 def is_second() -> bool:
-    """Of torchrun's processes the first alone speaks."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    """Of torchrun's processes the first alone speaks, and one whose place cannot be known."""
+    try:
+        return launcher.place().rank > 0
+    except ConfigError:
+        return False
 
 
 def say(text: str) -> None:
@@ -69,14 +72,14 @@ def refuse_processes(command: str) -> None:
     Raises:
         ConfigError: If there are several.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launcher.place().size > 1:
         raise ConfigError(f"hesstrace {command} runs in one process; start it without torchrun")
 
 
 def complain(text: str) -> None:
     """An error, made safe, as one line; every process may say it."""
     if is_second():
-        text = f"process {os.environ['RANK']}: {text}"
+        text = f"process {launcher.place().rank}: {text}"
     _write_line(text)
 
 

@@ -33,7 +33,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         run = Run(settings)
     if run.finished:
         screen.say(f"{run.folder.path} is finished; nothing to do")
-        summary = run.folder.summary()
+        summary = run.ranks.from_first(run.folder.summary())
     else:
         summary = train_with_progress(run, row_name(row))
     assert summary is not None
