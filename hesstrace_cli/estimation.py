@@ -28,10 +28,11 @@ from hesstrace_cli.curvature.xtrace import xtrace
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
 from hesstrace_cli.evaluation import collapse_of, evaluate, finite, generalization_report
-from hesstrace_cli.loading import describe, load_checkpoint
+from hesstrace_cli.loading import describe, load_checkpoint, select_device
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
 from hesstrace_cli.precision import full_precision
+from hesstrace_cli.randomness import stream_generator
 
 SCHEMA = "hesstrace/trace/1"
 _DEFAULT_RTOL = 0.05
@@ -70,7 +71,7 @@ def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -
     data = data_loss(model, split, batch_size)
     matrix = CurvatureMatrix(data, "hessian")
     like = next(iter(data.objective.params.values())).detach()
-    generator = Generator(like.device).manual_seed(seed)
+    generator = stream_generator(seed, like.device, "eigenvalues")
     start = rademacher(like.new_empty(matrix.size), generator=generator)
     with eval_mode(model):
         return extreme_eigenvalues(Krylov(matrix, start), k=1).largest[0]
@@ -132,19 +133,18 @@ def estimate(
                 "loss has no one Hessian"
             )
         data = data_loss(model, split, config.batch_size, ranks)
-        generator = Generator(X.device).manual_seed(config.seed)
         unfit: list[Unfit] = []
         try:
             check_attached(data.objective, X)
         except Detached as problem:
             unfit.append(problem)
         if config.method in SKETCHES:
-            found = _by_sketch(data, config, generator, on_pass)
+            sketch = stream_generator(config.seed, X.device, "sketch")  # one for all processes
+            found = _by_sketch(data, config, sketch, on_pass)
             reason = "; ".join([found.reason, *map(str, unfit)])
             return dataclasses.replace(found, reason=reason)
         while True:  # what one method finds out on a batch is told to the choice of the next
             try:
-                generator.manual_seed(config.seed + (ranks.rank << 32))
                 method = choose_method(config, data.objective, X, unfit)
                 num_probes = config.num_probes or DEFAULT_PROBES
                 result = estimate_trace(
@@ -153,7 +153,7 @@ def estimate(
                     population=population,
                     num_probes=num_probes,
                     stop=_stop(config),
-                    generator=generator,
+                    generator=stream_generator(config.seed, X.device, "probes", ranks.rank),
                     exact=method.exact,
                     inclusion=method.inclusion,
                     on_pass=on_pass,
@@ -234,7 +234,7 @@ def trace_record(
         NumericsError: If the loss is not finite.
     """
     begin = time.monotonic()
-    found = evaluate(model, split, config.batch_size)
+    found = ranks.together(lambda: evaluate(model, split, config.batch_size))
     if not math.isfinite(found.loss):
         raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)
@@ -300,12 +300,12 @@ def estimate_checkpoint(
     Raises:
         HesstraceError: As `load_checkpoint` and `trace_record`.
     """
-    loaded = load_checkpoint(path, config)
+    ranks = join(select_device(config.device))
+    loaded = ranks.together(lambda: load_checkpoint(path, config))
     on_loaded()
     record = trace_record(
-        loaded.model, loaded.split, config, on_pass,
-        population=loaded.population, ranks=join(next(loaded.model.parameters()).device),
-    )  # fmt: skip
+        loaded.model, loaded.split, config, on_pass, population=loaded.population, ranks=ranks
+    )
     if config.report:
         model, data = loaded.model, loaded.data
         batch_size, trace = config.batch_size, record["trace"]

@@ -13,6 +13,7 @@ from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode, outputs_
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.data import DataSet, Split
+from hesstrace_cli.randomness import stream_generator
 
 MOST_COLUMNS = 32
 
@@ -110,12 +111,12 @@ def input_jacobian(
         With the standard error as an estimate for all examples that the split may stand for; None
         of inputs that are indices, which have no derivative.
     """
+    generator = stream_generator(seed, next(model.parameters()).device, "input-jacobian")
     norms = []
     with eval_mode(model):
         for X, _ in split.batches(batch_size):
             if not X.is_floating_point():
                 return None
-            generator = Generator(X.device).manual_seed(seed)
             norms.append(_squared_norms(model, X, generator))
     return means(torch.cat(norms).double().cpu()[:, None])[0]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Generator
 
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
@@ -30,6 +29,7 @@ from hesstrace_cli.estimation import data_loss, versions
 from hesstrace_cli.evaluation import evaluate, finite
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.precision import full_precision
+from hesstrace_cli.randomness import stream_generator
 from hesstrace_cli.stability import sentence, stability
 
 SCHEMA = "hesstrace/spectrum/1"
@@ -63,7 +63,7 @@ def spectrum_of_checkpoint(
     data = data_loss(model, split, config.batch_size)
     matrix = CurvatureMatrix(data, config.curvature)
     like = next(iter(data.objective.params.values())).detach().new_empty(matrix.size)
-    generator = Generator(like.device).manual_seed(config.seed)
+    generator = stream_generator(config.seed, like.device, "eigenvalues")
     first = Krylov(matrix, rademacher(like, generator=generator))
     first.extend(min(config.steps, config.max_products))  # the density takes them anyway
     extremes = extreme_eigenvalues(first, k=config.top, max_products=config.max_products)
@@ -141,7 +141,7 @@ def _flatness(data: DataLoss, config: SpectrumConfig) -> dict[str, Any]:
     device = next(iter(data.objective.params.values())).device
     flatness: dict[str, Any] = {"radius": config.radius, "num_directions": config.num_directions}
     for name, normalized in (("plain", False), ("filter_normalized", True)):
-        generator = Generator(device).manual_seed(config.seed)
+        generator = stream_generator(config.seed, device, "directions")
         shared: dict[str, Any] = {
             "radius": config.radius, "normalized": normalized, "generator": generator
         }  # fmt: skip
@@ -160,7 +160,7 @@ def _slice(
 ) -> dict[str, Any] | None:
     if not config.slice:
         return None
-    generator = Generator(device).manual_seed(config.seed)
+    generator = stream_generator(config.seed, device, "slice")
     params = landscape.objective.params
     directions = [
         random_direction(params, normalized=True, generator=generator) for _ in range(config.slice)

@@ -59,7 +59,7 @@ class Stepper:
         regularizers: With their strengths.
         optimizer: Moves the weights.
         ranks: The processes of the job.
-        generators: Gives the generator of a stream and step: its name and a number.
+        generators: Gives the generator of a stream: its name and numbers, the step's first.
         scaler: Keeps the gradients of float16 from underflowing.
         norms: Batch norm over all processes, if asked for.
     """
@@ -69,7 +69,7 @@ class Stepper:
     regularizers: Sequence[Regularizer]
     optimizer: torch.optim.Optimizer
     ranks: Ranks
-    generators: Callable[[str, int], Generator]
+    generators: Callable[..., Generator]
     scaler: GradScaler
     norms: SyncedNorms | None = None
 
@@ -99,7 +99,7 @@ class Stepper:
             NumericsError: If the loss or its gradient is not finite; the weights have not moved.
         """
         prepared = [self._transformed(*each, index, n) for n, each in enumerate(examples)]
-        kept, gathered = self._gather(prepared, index, progress)
+        kept, gathered = self._gathered(prepared, index, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -127,10 +127,10 @@ class Stepper:
             self._in_a_row = 0
 
     def _transformed(self, X: Tensor, y: Tensor, part: Part, index: int, number: int) -> _Prepared:
-        key = index + (number << 32) + (self.ranks.rank << 44) + (1 << 60)  # its own each part
-        generator, targets = self.generators("regularizers", key), y
+        own = (index, self.ranks.rank, number)  # another each part
+        generator, targets = self.generators("parts", *own), y
         if self.config.augment == "crop-flip":
-            X = crop_flip(X, generator=self.generators("augmentation", key))
+            X = crop_flip(X, generator=self.generators("augmentation", *own))
         if self.config.channels_last and X.dim() == 4:
             X = X.contiguous(memory_format=torch.channels_last)
         for regularizer in self.regularizers:
@@ -149,6 +149,8 @@ class Stepper:
                     logits = outputs_of(self.objective.model(batch.X))
             else:
                 logits = outputs_of(self._model(batch.X))
+            if not batch.part.share:  # nothing may flow into others' examples through synced norms
+                logits = logits.detach() + 0 * logits
             loss = self.objective.task.loss(logits, batch.targets)
         return Step(
             self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,
@@ -161,11 +163,15 @@ class Stepper:
         with_term = [r for r in self.regularizers if type(r).term is not Regularizer.term]
         return len(givers) == 1 and with_term == givers
 
-    def _gather(
+    def _gathered(
         self, prepared: Sequence[_Prepared], index: int, progress: float
     ) -> tuple[list[Step], list[Tensor] | None]:
-        """The steps of the forward passes that need not be done again, and what was gathered."""
-        if len(prepared) == 1 and prepared[0].part.is_whole:
+        """The steps of the forward passes that need not be done again, and what was gathered.
+
+        Every process comes here with the same step, however many examples it has of the batch:
+        whether they meet may hang on nothing that differs between them.
+        """
+        if self.ranks.size == len(prepared) == 1:
             return [], None
         if len(prepared) == 1:
             step = self._forward(prepared[0], index, progress)

@@ -283,7 +283,7 @@ class Run:
             else:
                 yield Progress(epoch + 1, index, self.steps_per_epoch)
             begin = time.monotonic()
-            number = self.ranks.largest(should_stop() or 0, self.device)
+            number = self.ranks.largest(should_stop() or 0)
             if number:
                 self._reduce()
                 self._save(self.folder.last)
@@ -307,8 +307,7 @@ class Run:
         The global random state, which the model's own Dropout draws from, is seeded for the step,
         so that a run resumed in mid-epoch needs none saved, in any of its processes.
         """
-        key = self.step + (self.ranks.rank << 44)
-        seed_defaults(derived_seed(self.config.seed, "model", key))
+        seed_defaults(derived_seed(self.config.seed, "model", self.step, self.ranks.rank))
         progress = self.step / self.total_steps
         lr = learning_rate(self.config, progress)
         with deterministic_algorithms(self.device):
@@ -354,10 +353,8 @@ class Run:
             return self.sums
         own = self.sums
         examples = torch.tensor(own.examples, device=self.device)
-        others = [b for b in self.model.buffers() if not self.ranks.is_first]
-        for buffer in others:
-            buffer.zero_()
-        self.ranks.sum_([own.loss, own.correct, own.penalty, examples, *self.model.buffers()])
+        self.ranks.sum_([own.loss, own.correct, own.penalty, examples])
+        self.ranks.take_first_(list(self.model.buffers()))
         self.sums = dataclasses.replace(own, examples=int(examples.item()))
         return self.sums
 
@@ -418,6 +415,10 @@ class Run:
             k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
         }
         self.sums = Sums(**moved)
+        if not self.ranks.is_first:  # they are of all processes: one alone goes on from them
+            none = Sums.zero(self.device)
+            none.penalty_steps, none.skipped = self.sums.penalty_steps, self.sums.skipped
+            self.sums = none
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the last weights, estimate their trace, and write the summary."""

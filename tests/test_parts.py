@@ -79,4 +79,5 @@ def test_every_example_has_its_weight_once(size, num_examples, least):
         assert len(part.rows) >= least
         weight[part.rows] += part.share / len(part.rows)
     torch.testing.assert_close(weight, torch.full((num_examples,), 1 / num_examples))
-    assert split_batch(num_examples, ALONE, rounds=1, least=1)[0].is_whole
+    (whole,) = split_batch(num_examples, ALONE, rounds=1, least=1)
+    assert (len(whole.rows), whole.share) == (num_examples, 1)

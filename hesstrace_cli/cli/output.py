@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.cli import screen
-from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.errors import HesstraceError, LostProcess
 from hesstrace_cli.reporting import plots
 
 
@@ -54,6 +54,8 @@ def records_of(
             # A model's own prints are no results.
             with screen.doing(f"loading {place}") as now, redirect_stdout(sys.stderr):
                 record, warnings = record_of(path, _of(place, now))
+        except LostProcess:
+            raise
         except HesstraceError as problem:
             if len(paths) == 1:
                 raise

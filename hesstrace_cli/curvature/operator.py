@@ -59,6 +59,11 @@ class CurvatureMatrix:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """The product with the columns of V, shape (P, m), in one pass over the data."""
+        total = self.data.ranks.together(lambda: self._own_product(V))
+        self.data.ranks.sum_([total])
+        return total
+
+    def _own_product(self, V: Tensor) -> Tensor:
         params = self.objective.params
         total = torch.zeros_like(V)
         for batch in self.data:
@@ -68,7 +73,6 @@ class CurvatureMatrix:
                 probe = {n: part.view_as(params[n]) for n, part in zip(params, parts, strict=True)}
                 product = torch.cat([part.flatten() for part in multiply(probe).values()])
                 total[:, column] += product.detach() * batch.share
-        self.data.ranks.sum_([total])
         return total
 
     def _ggn(self, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -150,8 +150,6 @@ class TracePenalty(Regularizer):
             signs = rademacher(like, generator=generator)
             if not part.is_whole:
                 signs = signs[part.rows.to(signs.device, non_blocking=True)]
-            if part.share == 0:
-                signs = torch.zeros_like(signs)
             cotangent = step.objective.task.root(logits, step.targets, signs)
             yield keep, root_gradient(logits, params, cotangent, keep)
 
