@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,13 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def _is_plain(name: str) -> bool:
-    return name.split(" ")[-1] == "none"
+    """Whether it names a row without regularizer, or by the usual names such a run or its file."""
+    return re.search(r"(^|[ /-])none(-seed\d+)?(/[^/]*)?$", name) is not None
+
+
+def plain_first(names: Iterable[str]) -> list[str]:
+    """The names in their order, but those of plain networks before the others."""
+    return sorted(names, key=lambda name: not _is_plain(name))
 
 
 def drawn(name: str) -> str:
@@ -144,9 +151,10 @@ def plot_epochs(records: Sequence[Record]) -> Figure:
     runs: dict[str, list[Record]] = {}
     for record in records:
         runs.setdefault(str(Path(record["checkpoint"]).parent), []).append(record)
-    by_name = looks(list(runs))
-    for (folder, own), name in zip(runs.items(), drawn_names(list(runs)), strict=True):
-        own, look = sorted(own, key=lambda r: r["epoch"]), by_name[folder]
+    order = plain_first(runs)
+    by_folder = looks(order)
+    for folder, name in zip(order, drawn_names(order), strict=True):
+        own, look = sorted(runs[folder], key=lambda r: r["epoch"]), by_folder[folder]
         axes.errorbar(
             [r["epoch"] for r in own], [r["trace"] for r in own],
             yerr=[1.96 * (r["stderr"] or 0) for r in own], color=look.colour, linestyle=look.line,
@@ -247,7 +255,7 @@ def _rows(summaries: Sequence[Record]) -> list[tuple[str, Look, list[Record]]]:
     for s in summaries:
         name = f"{s['dataset']} {s['model']} {s['regularizers']}" if several else s["regularizers"]
         rows.setdefault(name, []).append(s)
-    order = sorted(rows, key=lambda name: not _is_plain(name))
+    order = plain_first(rows)
     by_name = looks(order)
     return [(name, by_name[row], rows[row])
             for row, name in zip(order, drawn_names(order), strict=True)]  # fmt: skip

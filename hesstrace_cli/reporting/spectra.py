@@ -64,7 +64,7 @@ def _share_limits(panels: Sequence[Axes]) -> None:
 
 def _lines(axes: Axes, records: Sequence[Record]) -> None:
     paths = [str(record["checkpoint"]) for record in records]
-    by_path = looks(paths)
+    by_path = looks(paths)  # in the order of the panels above
     for record, path, name in zip(records, paths, drawn_names(paths), strict=True):
         losses = [math.nan if x is None else x for x in record["slice"]["losses"]]
         look = by_path[path]
