@@ -28,8 +28,14 @@ from hesstrace_cli.curvature.probes import Params, draw_keep, rademacher
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.errors import DerivativeError, HesstraceError
 from hesstrace_cli.failures import is_of_the_machine
-from hesstrace_cli.precision import full_precision
-from hesstrace_cli.verdicts import TOLERANCE, Row, compared, compared_gradients, one_line, pinned
+from hesstrace_cli.verdicts import (
+    TOLERANCE,
+    Row,
+    compared,
+    compared_gradients,
+    one_line,
+    pinned,
+)
 
 T = TypeVar("T")
 FAILURES = (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError)
@@ -138,8 +144,15 @@ class Check:
         }  # fmt: skip
 
     def check_gradient(self) -> None:
-        """Take the model's own gradient, which fails where it has none."""
-        self._gradient_at(0.0)
+        """Take the model's own gradient, which fails where it has none.
+
+        Raises:
+            DerivativeError: If it is not finite.
+        """
+        if not all(torch.isfinite(g).all() for g in self._gradient_at(0.0).values()):
+            raise DerivativeError(
+                "the gradient of the model's loss is not finite at weights near its own"
+            )
 
     @contextmanager
     def displaced(self, direction: Params, size: float) -> Iterator[None]:
@@ -415,7 +428,7 @@ def checked(
     """
     model = objective.model
     try:
-        alone = _reads_parameters_alone(objective, X, _generator(X, seed))
+        alone = _reads_parameters_alone(objective, X, seeded(X, seed))
     except FAILURES as problem:
         if is_of_the_machine(problem):
             raise
@@ -426,9 +439,9 @@ def checked(
     for accuracy in (IN_DOUBLE, IN_SINGLE):
         double = accuracy is IN_DOUBLE
         with on_copies(model, double=double):
-            move_aside(objective.params, _generator(X, seed))
+            move_aside(objective.params, seeded(X, seed))
             batch = (cast(X, torch.float64), cast(y, torch.float64)) if double else (X, y)
-            check = Check(objective, *batch, _generator(X, seed), accuracy, prefix, note)
+            check = Check(objective, *batch, seeded(X, seed), accuracy, prefix, note)
             try:
                 check.check_gradient()
             except FAILURES as problem:
@@ -443,7 +456,7 @@ def checked(
                     "which errors of a few per cent are not seen"
                 )
                 continue
-            if not alone and _reads_parameters_alone(objective, batch[0], _generator(X, seed)):
+            if not alone and _reads_parameters_alone(objective, batch[0], seeded(X, seed)):
                 raise DerivativeError(
                     "the model reads a weight in another way than by its parameter (.data, "
                     "detach(), or a second tensor in the same memory), which its gradient leaves "
@@ -453,83 +466,6 @@ def checked(
             return
 
 
-def _generator(like: Tensor, seed: int) -> Generator:
+def seeded(like: Tensor, seed: int) -> Generator:
+    """A generator on the device of a tensor."""
     return Generator(like.device).manual_seed(seed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """By which derivatives a penalty is taken, and why.
-
-    Attributes:
-        engine: "taylor", "forward" or "reverse".
-        engine_reason: One clause for the summary.
-        others: Right ones to take where that one fails on a later batch.
-    """
-
-    engine: Mode
-    engine_reason: str
-    others: tuple[Mode, ...] = ()
-
-
-@full_precision()
-def choose_engine(
-    objective: Objective, X: Tensor, y: Tensor, *,
-    curvature: str, compiled: bool, single: bool, seed: int,
-) -> Engine:  # fmt: skip
-    """The first engine whose value and gradient are right for this model, in a whole trial step.
-
-    Args:
-        objective: The loss trained on, its model in training mode.
-        X: Some of the first batch.
-        y: Their targets.
-        curvature: "hessian" or "ggn".
-        compiled: Whether the penalty is to be compiled.
-        single: Whether the model runs in single precision throughout, not in half.
-        seed: Of the directions looked along.
-
-    Raises:
-        DerivativeError: If there is none.
-    """
-    if curvature == "ggn":
-        with checked(objective, X, y, seed=seed) as check:
-            rows = check.ggn(as_function=compiled)
-        _refuse_unless_right(rows)
-        return Engine("reverse", "agrees with differences of the model")
-    engines: tuple[Mode, ...] = ("forward",) if compiled else ("taylor", "forward", "reverse")
-    right: list[Mode] = []
-    tried: dict[Mode, list[Row]] = {}
-    with checked(objective, X, y, seed=seed) as check:
-        scale = check.scale()
-        for mode in engines:
-            if right and mode != "reverse":
-                continue
-            tried[mode] = check.hessian(mode)
-            if all(row.verdict == "right" for row in tried[mode]):
-                right.append(mode)
-    with on_copies(objective.model, double=False):
-        move_aside(objective.params, _generator(X, seed))
-        own = Check(objective, X, y, _generator(X, seed), IN_SINGLE)
-        for mode in list(right):
-            problem = own.trial(mode, check.values[mode], scale if single else None)
-            if problem is not None:
-                right.remove(mode)
-                tried[mode] = [problem]
-    failed = [row for rows in tried.values() for row in rows if row.verdict != "right"]
-    if right:
-        reason = "; ".join(f"{r.check} {r.verdict}: {r.detail}" for r in failed)
-        return Engine(right[0], reason or "agrees with differences of the model", tuple(right[1:]))
-    _refuse_unless_right(tried[engines[-1]])
-    return Engine(engines[-1], "differences of the model do not settle, so it is not proved")
-
-
-def _refuse_unless_right(rows: Sequence[Row]) -> None:
-    bad = [row for row in rows if row.verdict in ("wrong", "refused")]
-    if bad and bad[0].verdict == "refused":
-        raise DerivativeError(bad[0].detail)
-    if bad:
-        raise DerivativeError(
-            f"the penalty's derivative is wrong for this model ({bad[0].check}: {bad[0].detail}): "
-            "it has a backward that is not its loss's derivative, as a detach(), a torch.no_grad() "
-            "or a Function of its own may have; hesstrace verify says more"
-        )

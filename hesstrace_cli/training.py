@@ -233,6 +233,7 @@ class Run:
             rows = order[: min(_TRIED_EXAMPLES, self.config.batch_size)]
             X, y = next(self.data.train.parts([rows]))
             penalty.check(self._objective(), X, y)
+            penalty.engine = self.ranks.from_first(penalty.engine)
 
     def _penalties(self) -> list[TracePenalty]:
         return [r for r in self.regularizers if isinstance(r, TracePenalty)]

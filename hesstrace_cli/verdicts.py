@@ -19,6 +19,7 @@ GOOD = ("right", "replaced", "yes", "no", "measured")
 TOLERANCE = 1e-4
 """Relative, of a value in double precision; ten times as much for a gradient."""
 
+NOT_FINITE = "it is not finite"
 _LEAST = 0.01  # of the largest tensor's part of a gradient: smaller parts are held to this
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def compared(
             larger than the value.
     """
     if not math.isfinite(value):
-        return Row(name, "wrong", f"it is {value:g}")
+        return Row(name, "wrong", NOT_FINITE)
 
     def near(a: float, b: float) -> bool:
         return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9, scale)
@@ -92,7 +93,7 @@ def compared_gradients(
         tolerance: Relative, of each tensor's part.
     """
     if not all(torch.isfinite(part).all() for part in found.values()):
-        return Row(name, "wrong", "it is not finite")
+        return Row(name, "wrong", NOT_FINITE)
     weight = {n: part.norm().item() / math.sqrt(max(1, part.numel())) for n, part in u.items()}
 
     def errors(a: Params, b: Params) -> dict[str, float]:

@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from hesstrace_cli.casting import on_copies
+from hesstrace_cli.curvature.exact import PerExampleTrace
+from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.derivatives import choose_engine
+from hesstrace_cli.engines import choose_engine
 from hesstrace_cli.errors import DerivativeError, Stopped
 from hesstrace_cli.precision import run_in_precision
 from hesstrace_cli.verdicts import GOOD
 from hesstrace_cli.verify import _rows
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
-from tests.planted import REFUSED, RIGHT, RIGHT_FOR_G, Aliased, Body, Odd
+from tests.curvature import oracles
+from tests.planted import REFUSED, RIGHT, RIGHT_FOR_G, Aliased, Body, Odd, Tokens
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
@@ -216,3 +219,21 @@ def test_what_verify_accuses_is_not_trained_with_a_penalty(curvature, tmp_path):
     assert not (tmp_path / "run").exists()
     result = invoke("train", *model, "--epochs", "1", "--reg", "none", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "scaled", "tied"])
+def test_padding_rows_are_held_in_every_engine_and_in_exact_traces(kind):
+    model = build(lambda: Tokens(kind)).double().eval()
+    objective, X64 = objective_of(model), X.double()
+    params = objective.params
+    H, G = oracles.dense_hessian(objective, X64, Y), oracles.dense_ggn(objective, X64)
+    for mode in ("taylor", "forward", "reverse"):
+        total = 0.0
+        for column in torch.eye(len(H), dtype=H.dtype):
+            v = oracles.unflatten(column, params)
+            total += quadratic_form(
+                lambda p: objective.loss(p, X64, Y), params, v, mode=mode
+            ).item()  # fmt: skip
+        assert total == pytest.approx(H.trace().item(), rel=1e-9)
+    exact = PerExampleTrace(objective, X64).exact(X64, Y)
+    assert exact.sum(1).mean().item() == pytest.approx(G.trace().item(), rel=1e-9)

@@ -7,8 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from torchvision import models
 
-from hesstrace_cli.verdicts import compared
+from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.verdicts import GOOD, compared
+from hesstrace_cli.verify import _rows
 from tests.conftest import invoke
 
 # Written apart from the engine: models of 8x8 images, (N, 1, 8, 8).
@@ -329,3 +333,22 @@ def test_a_model_that_does_not_repeat(tmp_path):
     code, rows = run(tmp_path, "Dropping")
     assert code == 5
     assert rows["eval: results repeat"][0] == "refused"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "resnet18",
+        "regnet_y_400mf", "efficientnet_b0", "convnext_tiny",
+    ],
+)  # fmt: skip
+def test_no_model_of_torchvisions_is_accused(name, mode):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.get_model(name, num_classes=4).train(mode == "train")
+        X, y = torch.randn(4, 3, 64 if name == "squeezenet1_1" else 32, 64), torch.arange(4)
+    rows = list(_rows(Objective(model, trainable(model)), X, y, mode, 0))
+    assert [row for row in rows if row.verdict not in GOOD] == []

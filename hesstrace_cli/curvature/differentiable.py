@@ -153,6 +153,37 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return input * hardsigmoid(input)
 
 
+def _root(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A power below 1, finite in every derivative where what it is taken of stays 0.
+
+    There the slope is infinite, and 0 times it no number: so that what multiplies it by 0, as the
+    slope of ReLU, gives 0, it is the largest number there; by anything else it overflows.
+    """
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not _has_infinite_slope(func, input, *args, **kwargs):
+            return func(input, *args, **kwargs)
+        is_zero = input == 0
+        root = func(torch.where(is_zero, 1, input), *args, **kwargs)
+        return torch.where(is_zero, input * torch.finfo(input.dtype).max, root)
+
+    return call
+
+
+def _has_infinite_slope(
+    func: Any, input: Any, exponent: Any = None, *, out: Tensor | None = None
+) -> bool:
+    """Whether a call of `sqrt` or `pow` takes a power between 0 and 1 of real numbers."""
+    if not isinstance(input, Tensor) or not input.is_floating_point() or out is not None:
+        return False
+    if exponent is None:
+        return func in (torch.sqrt, Tensor.sqrt)
+    return isinstance(exponent, float) and 0 < exponent < 1
+
+
+_ROOTS = (torch.sqrt, Tensor.sqrt, torch.pow, Tensor.pow, Tensor.__pow__)
+
+
 def _padding_read(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *_args: Any, **_kwargs: Any
 ) -> tuple[Tensor, Tensor, int | None]:
@@ -270,6 +301,7 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     torch._C._nn.hardsigmoid: hardsigmoid,
     F.hardswish: hardswish,
     torch._C._nn.hardswish: hardswish,
+    **{operation: _root(operation) for operation in _ROOTS},
     # The kernels' second derivatives in half precision overflow, so they run in float32.
     **{operation: _in_full_precision(operation) for operation in _NORMS},
 }
@@ -285,6 +317,8 @@ def is_replaced(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call is replaced where derivatives of any order are needed."""
     if func in _EMBEDDINGS:
         return _EMBEDDINGS[func](*args, **kwargs)[2] is not None
+    if func in _ROOTS:
+        return _has_infinite_slope(func, *args, **kwargs)
     return func in _ANY_ORDER
 
 

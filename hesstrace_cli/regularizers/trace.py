@@ -31,7 +31,8 @@ from hesstrace_cli.curvature.hessian import loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
 from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.curvature.refusal import refuse
-from hesstrace_cli.derivatives import FAILURES, Engine, choose_engine
+from hesstrace_cli.derivatives import FAILURES
+from hesstrace_cli.engines import Engine, choose_engine
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 from hesstrace_cli.schedule import ramp
