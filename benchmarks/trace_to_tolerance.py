@@ -296,9 +296,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(*flags: str) -> dict[str, Any] | None:
-    same = [x for x in sys.argv[1:] if not x.startswith("--networks")]
     done = subprocess.run(
-        [sys.executable, __file__, *same, *flags], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, __file__, *sys.argv[1:], *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
