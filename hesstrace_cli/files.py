@@ -149,3 +149,12 @@ def check_apart(output: str | None, inputs: Iterable[str]) -> None:
         inside = read.is_dir() and written.is_relative_to(read)
         if inside or (read.is_file() and read.samefile(written)):
             raise ConfigError(f"{output!r} is read by this command ({name}); write to another file")
+
+
+def files_of(name: str) -> list[str]:
+    """The files, and folders of files, that a name of a model, data set or checkpoint may mean."""
+    if name.startswith("imagefolder:"):
+        folder = Path(name.removeprefix("imagefolder:"))
+        return [str(folder / part) for part in ("train", "val", "test")]
+    where, _, factory = name.rpartition(":")
+    return [where if factory.isidentifier() and where.endswith(".py") else name]

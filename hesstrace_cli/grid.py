@@ -17,11 +17,12 @@ from typing import Any
 from hesstrace_cli.comparison import CHOSEN, PLANNED, Found
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
-from hesstrace_cli.files import write_atomically
+from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.records import read_diverged
 from hesstrace_cli.runs import RunFolder, default_folder
 
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
 
 
@@ -65,14 +66,21 @@ def lock(config: CompareConfig) -> FolderLock:
     """Make the comparison's folder and keep other comparisons out of it.
 
     Raises:
-        ConfigError: If it cannot be made, or another process is at work in it.
+        ConfigError: If it cannot be made, holds other things, or another process is at work in it.
     """
     folder = root(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = FolderLock(folder)
+        files = {file.name for file in folder.iterdir()} - {file.name for file in leftovers(folder)}
+        if files and not files & {"runs", PLANNED}:
+            raise ConfigError(
+                f"--out {str(folder)!r} is not empty and holds no comparison; choose another folder"
+            )
+        clear_leftovers(folder)
     except OSError as problem:
         raise ConfigError(f"--out {str(folder)!r} cannot be used: {problem.strerror}") from problem
-    return FolderLock(folder)
+    return held
 
 
 def plan(config: CompareConfig) -> list[PlannedRun]:
@@ -259,12 +267,20 @@ def _start(run: PlannedRun, slot: int, jobs: int) -> Job:
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
-    _log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    with _log_of(run).open("ab") as log:
+    try:
+        _log_of(run).parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(_log_of(run), _APPEND, 0o666)
+    except OSError as problem:
+        raise ConfigError(
+            f"{str(_log_of(run))!r} cannot be written: {problem.strerror}"
+        ) from problem
+    try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hesstrace_cli", *arguments(run.config)],
-            stdout=log, stderr=log, env=environment, start_new_session=True,
+            [sys.executable, "-m", "hesstrace_cli.job", *arguments(run.config)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
+    finally:
+        os.close(log)
     return Job(run, process, time.monotonic())
 
 
@@ -313,7 +329,7 @@ def run_side_by_side(
                 del slots[slot]
                 if code == NumericsError.exit_code:
                     yield job.run, _last_line(job.log)
-                elif code == 0:
+                elif code == 0 and job.run.done:  # code of the user's may end it with 0
                     yield job.run, None
                 else:
                     failed = failed or (job.run, code)

@@ -17,6 +17,7 @@ from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.failures import is_of_the_machine
+from hesstrace_cli.files import check_apart, files_of
 from hesstrace_cli.models import build_model, is_plugin
 from hesstrace_cli.randomness import random_state_kept
 
@@ -112,6 +113,8 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         )
     if dataset is None:
         raise ConfigError(f"checkpoint {path!r} does not say its data; give --dataset")
+    for place in (config.json, config.plot):
+        check_apart(place, [path, *files_of(model_name), *files_of(dataset)])
     same_data = dataset == said.get("dataset")
     defaults = said if same_data else {}
     names = ("data_dir", "image_size", "train_examples", "val_fraction", "num_classes")

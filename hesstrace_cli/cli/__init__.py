@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from hesstrace_cli import __version__
-from hesstrace_cli.cli import screen
+from hesstrace_cli.cli import screen, signals, streams
 from hesstrace_cli.cli.boundary import ErrorBoundary
 from hesstrace_cli.cli.compare import compare
 from hesstrace_cli.cli.estimate_trace import estimate_trace
@@ -29,7 +28,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"hesstrace {__version__}")
+        screen.echo(f"hesstrace {__version__}")
         raise typer.Exit
 
 
@@ -51,9 +50,8 @@ app.command()(verify)
 
 def main() -> None:
     """The entry point `hesstrace`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
+    signals.listen()
+    streams.secure()
     warnings.showwarning = screen.warn
     sys.excepthook = screen.show_bug
     # PyTorch's own forward mode calls it.
@@ -61,4 +59,7 @@ def main() -> None:
     # Training takes deterministic algorithms where there are some.
     for words in (".* does not have a deterministic implementation", "Deterministic behavior was"):
         warnings.filterwarnings("ignore", words, UserWarning)
-    typer.main.get_command(app)()  # app() would put Typer's own excepthook in the place of ours
+    try:
+        typer.main.get_command(app)()  # app() would put Typer's own excepthook in the place of ours
+    finally:
+        streams.finish()

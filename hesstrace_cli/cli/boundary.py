@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from hesstrace_cli.cli import signals
+from hesstrace_cli.cli.streams import silence_stdout
 from hesstrace_cli.config.hints import did_you_mean
-from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
 from hesstrace_cli.failures import is_out_of_memory
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
@@ -23,6 +26,23 @@ _LONGEST = 2000  # characters of a line that can still be read
 
 class ErrorBoundary(TyperGroup):
     """The command group: its `main` is what the shell and the in-process runner both call."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what would end the program from within it becomes an error.
+
+        Raises:
+            Stopped: After a signal.
+            ModelError: If code of the user's called `sys.exit`.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            number = signals.number_of(stop)
+            raise Stopped(f"stopped by signal {number}", number) from stop
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # nobody reads a help page to its end
+                raise typer.Exit(1) from end
+            raise ModelError(f"{_place_of(end)} called sys.exit({end.code!r})") from end
 
     def main(
         self,
@@ -41,12 +61,7 @@ class ErrorBoundary(TyperGroup):
         except _ClickException as problem:
             message = _meant(problem) or " ".join(problem.format_message().split())
             code = _report(message or "a command is missing; see --help", 2)
-        except SystemExit as problem:
-            raise RuntimeError(
-                f"code that was imported ended the program by sys.exit({problem.code!r}), before "
-                "the command was done"
-            ) from problem
-        except (typer.Abort, KeyboardInterrupt):
+        except typer.Abort:
             code = _report("interrupted", 130)
         except Exception as problem:
             code = _report(*_explained(problem))
@@ -58,17 +73,27 @@ class ErrorBoundary(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _place_of(problem: BaseException) -> str:
+    """The file and line that raised it."""
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
+
+
 def _explained(problem: Exception) -> tuple[str, int]:
     """What the machine lacks, and the exit code.
 
     Raises:
         Exception: The problem itself, where it is a bug.
     """
+    number = signals.came()
+    if number is not None:  # what was interrupted made another error of it
+        return f"stopped by signal {number}", 128 + number
     if is_out_of_memory(problem):
         reason = " ".join(str(problem).split())[:160]
         about = f" ({reason})" if reason else ""
         return f"out of memory{about}; lower --batch-size, or --keep-prob of a trace penalty", 2
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EIO):
+        silence_stdout()
         return f"the output cannot be written: {problem.strerror}", 2  # a full disk behind stdout
     raise problem
 

@@ -11,6 +11,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.signals import StopRequest
 from hesstrace_cli.cli.train import report_negative, warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
@@ -114,7 +115,7 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
     markdown = ""
     for table in tables.comparison_tables(comparison, several=several):
-        screen.show(table)
+        screen.show(table, kept=out is not None)
         markdown += f"{for_markdown(table.title)}\n\n{markdown_table(table.head, table.rows)}\n"
     screen.say(tables.READING)
     markdown += f"{tables.READING}\n"
@@ -134,15 +135,11 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
 
 def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
     """Train what is pending under one live table; a run that diverges is noted and passed by."""
-    from hesstrace_cli.grid import note_divergence, run_side_by_side
+    from hesstrace_cli.grid import note_divergence
 
     total = sum(run.config.epochs for run in pending)
-    with screen.StopRequest() as stop, screen.Board(len(pending), total) as board:
-        ended = (
-            _one_by_one(pending, board, stop)
-            if jobs == 1
-            else run_side_by_side(pending, jobs, _drawn_on(board), stop)
-        )
+    with screen.Board(len(pending), total) as board:
+        ended = _one_by_one(pending, board) if jobs == 1 else _side_by_side(pending, jobs, board)
         for run, problem in ended:
             board.add_done(run.config.epochs)
             if problem is None:
@@ -154,7 +151,7 @@ def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
 
 
 def _one_by_one(
-    pending: Sequence[PlannedRun], board: screen.Board, stop: screen.StopRequest
+    pending: Sequence[PlannedRun], board: screen.Board
 ) -> Iterator[tuple[PlannedRun, str | None]]:
     """Each run as it ends, trained in this process, with the problem where it diverged."""
     from hesstrace_cli.training import Run
@@ -164,15 +161,26 @@ def _one_by_one(
         board.show([(name, 0, epochs)], len(pending) - number)
         try:
             run = Run(planned.config)
-            for progress in run.advance(stop):
-                if progress.record is not None:
-                    report_negative(progress.record)
-                    board.show([(name, progress.epoch, epochs)], len(pending) - number)
+            with StopRequest() as stop:
+                for progress in run.advance(stop):
+                    if progress.record is not None:
+                        report_negative(progress.record)
+                        board.show([(name, progress.epoch, epochs)], len(pending) - number)
             run.finish()
         except NumericsError as problem:
             yield planned, str(problem)
         else:
             yield planned, None
+
+
+def _side_by_side(
+    pending: Sequence[PlannedRun], jobs: int, board: screen.Board
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Each run as it ends, trained in a process of its own, so many at a time."""
+    from hesstrace_cli.grid import run_side_by_side
+
+    with StopRequest() as stop:
+        yield from run_side_by_side(pending, jobs, _drawn_on(board), stop)
 
 
 def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:

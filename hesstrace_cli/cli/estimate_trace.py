@@ -35,7 +35,7 @@ def estimate_trace(
     settings = resolve(EstimateConfig, flags, config)
 
     with screen.doing("loading"):
-        check_places(settings.json, settings.plot)
+        check_places(settings.json, settings.plot, [*checkpoints, config])
     passes = _Passes()
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.cli import screen
-from hesstrace_cli.errors import HesstraceError, LostProcess
+from hesstrace_cli.cli.signals import number_of
+from hesstrace_cli.errors import ConfigError, HesstraceError, LostProcess
+from hesstrace_cli.files import check_apart, check_writable, files_of, write_atomically
 from hesstrace_cli.reporting import plots
 
 
-def check_places(json_file: str | None, plot: str | None = None) -> None:
-    """Refuse places that cannot be written, before the work is done.
+def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str | None]) -> None:
+    """Refuse before the work places that cannot be written, or hold what must not be lost.
+
+    Args:
+        json_file: Where the record goes; "-" is stdout.
+        plot: Where the plot goes.
+        inputs: The files that the command reads, and what it names as its model and data.
 
     Raises:
         ConfigError: If there is one, or the plot has no format that can be drawn.
     """
-    from hesstrace_cli.files import check_writable
+    from hesstrace_cli.runs import RunFolder
 
-    check_writable(json_file)
-    check_writable(plot)
+    read = [file for name in inputs if name is not None for file in files_of(name)]
+    for place in (json_file, plot):
+        check_writable(place)
+        check_apart(place, read)
+        target = None if place is None or place == "-" else Path(place).resolve()
+        if target is not None and RunFolder(target.parent).owns(target):
+            raise ConfigError(f"{place!r} belongs to the run in its folder; write to another file")
+    if plot is not None and json_file is not None and Path(plot) == Path(json_file):
+        raise ConfigError(f"--json and --plot both are {plot!r}")
     plots.check_format(plot)
 
 
@@ -44,7 +58,7 @@ def records_of(
         so_far: What is known of the checkpoint at work, to be said where Ctrl-C stops it.
 
     Returns:
-        The records, and the exit code of the first failure, or 0; 130 where Ctrl-C came.
+        The records, and the exit code of the first failure, or 0; the signal's where one came.
     """
     records: list[dict[str, Any]] = []
     code = 0
@@ -62,10 +76,10 @@ def records_of(
             screen.complain(f"error: {path}: {problem}")
             code = code or problem.exit_code
             continue
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             known = so_far()
             screen.complain(f"error: interrupted at {place}; {known or 'nothing is known of it'}")
-            return records, 130
+            return records, 128 + number_of(stop)
         for warning in warnings:
             screen.say(f"warning: {path}: {warning}")
         records.append(record)
@@ -81,8 +95,6 @@ def _of(place: str, now: Tell) -> Tell:
 
 def write_json(content: dict[str, Any], place: str | None) -> bool:
     """Write it, and say whether it took stdout, so that no table may follow."""
-    from hesstrace_cli.files import write_atomically
-
     text = json.dumps(content, indent=2, allow_nan=False)
     if place == "-":
         screen.echo(text)

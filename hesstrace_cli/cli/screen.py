@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TextIO
 
 import typer
@@ -22,6 +21,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from hesstrace_cli import launcher
+from hesstrace_cli.cli.streams import silence_stdout
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting.layout import Table, fitted
 from hesstrace_cli.reporting.text import for_screen
@@ -112,16 +112,45 @@ def show_bug(
 def echo(text: str) -> None:
     """A text on stdout as it is, for programs: it must hold printable characters alone."""
     if not is_second():
-        typer.echo(text)
+        _write_result(text + "\n")
 
 
-def show(table: Table) -> None:
-    """A table on stdout, as wide as the terminal."""
+def show(table: Table, *, kept: bool = False) -> None:
+    """A table on stdout, as wide as the terminal.
+
+    Args:
+        table: What to show.
+        kept: Whether a file holds it too, so that nothing is lost where nobody reads stdout.
+    """
     console = _console(sys.stdout)
-    if console.is_terminal:
-        console.print(fitted(table, console.width))
-    else:
-        console.print(fitted(table, _LOG_WIDTH, may_stack=False))
+    with console.capture() as drawn:
+        if console.is_terminal:
+            console.print(fitted(table, console.width))
+        else:
+            console.print(fitted(table, _LOG_WIDTH, may_stack=False))
+    _write_result(drawn.get(), kept=kept)
+
+
+def _write_result(text: str, *, kept: bool = False) -> None:
+    """Write to stdout.
+
+    Raises:
+        ConfigError: If it is closed, or full.
+        Exit: If nobody reads it any more, as after `| head`.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif not kept:
+            raise ConfigError("the output cannot be written: stdout is closed")
+    except BrokenPipeError as problem:
+        silence_stdout()
+        if not kept:
+            raise typer.Exit(1) from problem
+    except OSError as problem:
+        silence_stdout()
+        raise ConfigError(f"the output cannot be written: {problem.strerror}") from problem
 
 
 def _cut_name() -> TextColumn:
@@ -212,36 +241,3 @@ class Board:
             bar = ProgressBar(total, epochs, width=20)
             table.add_row(bar, f"{epochs}/{total}", Text(for_screen(name)))
         self._live.update(Group(Text(title), table))
-
-
-class StopRequest:
-    """Remembers SIGINT or SIGTERM, so that the run can save before it stops.
-
-    A second one kills, unless it comes within a second: then it is the first one on another way,
-    as launchers pass on what their whole group has got already.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._since = 0.0
-
-    def __call__(self) -> int | None:
-        """The signal that came, or None."""
-        return self.number
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.number is None:
-            self.number, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > 1:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> StopRequest:
-        """Take over the two signals."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {n: signal.signal(n, self._remember) for n in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -30,7 +30,7 @@ def spectrum(
     settings = resolve(SpectrumConfig, flags, config)
 
     with screen.doing("loading"):
-        check_places(settings.json, settings.plot)
+        check_places(settings.json, settings.plot, [*checkpoints, config])
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
         from hesstrace_cli.spectrum import spectrum_of_checkpoint

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name
+from hesstrace_cli.errors import Stopped
 from hesstrace_cli.reporting import tables
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     else:
         summary = train_with_progress(run, row_name(row))
     assert summary is not None
-    screen.show(tables.summary_table(str(run.folder.path), summary))
+    screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
 
 
 def warn_of_unused(settings: TrainConfig, *, with_trace: bool) -> None:
@@ -78,7 +80,7 @@ def _stored(flags: dict[str, Any]) -> str | None:
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:
     """Train to the end and show where it is: a line an epoch, on a terminal above a bar."""
     epochs = run.config.epochs
-    with screen.StopRequest() as stop, screen.progress_bar(run.total_steps) as move:
+    with StopRequest() as stop, screen.progress_bar(run.total_steps) as move:
         for progress in run.advance(stop):
             if move is not None:
                 move(f"epoch {progress.epoch}/{epochs} {label}", run.step)
@@ -87,8 +89,16 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
                 screen.say(f"{label}: {line}" if move is None else line)
                 report_negative(progress.record)
                 report_skipped(progress.record)
-    with screen.doing("evaluating, and estimating the trace"):
-        return run.finish()
+    try:
+        with screen.doing("evaluating, and estimating the trace"):
+            return run.finish()
+    except KeyboardInterrupt as stop:
+        number = number_of(stop)
+        raise Stopped(
+            f"stopped by signal {number} after the last step; the weights are saved, the summary "
+            f"is not: --resume --out {run.folder.path}",
+            number,
+        ) from stop
 
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:

@@ -26,7 +26,7 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
     screen.refuse_processes("verify")
     settings = resolve(VerifyConfig, flags, config)
 
-    check_places(settings.json)
+    check_places(settings.json, None, [config, settings.model, settings.dataset])
     # A model's own prints are no results.
     with (
         screen.doing(f"checking the derivatives of {settings.model}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.files import write_atomically
 from hesstrace_cli.records import read_epochs
 from hesstrace_cli.reporting.layout import shortened
 from hesstrace_cli.reporting.text import for_plot
@@ -99,18 +101,21 @@ def check_format(file: str | None) -> None:
 
 
 def save(figure: Figure, file: str) -> None:
-    """Write a figure in the format that the file's name ends with.
+    """Write a figure in the format that the file's name ends with, whole or not at all.
 
     Raises:
-        ConfigError: If the format is not known or the file cannot be written.
+        ConfigError: If the figure cannot be drawn or the file cannot be written.
     """
+    drawn = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
-            figure.savefig(file, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError, RuntimeError) as problem:
+            kind = Path(file).suffix[1:].lower()
+            figure.savefig(drawn, format=kind, dpi=150, bbox_inches="tight")
+    except (ValueError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())
-        raise ConfigError(f"--plot {file!r} cannot be written: {reason}") from problem
+        raise ConfigError(f"--plot {file!r} cannot be drawn: {reason}") from problem
+    write_atomically(Path(file), drawn.getvalue())
 
 
 def plot_traces(records: Sequence[Record]) -> Figure:
