@@ -249,6 +249,12 @@ class Job:
         """Its messages."""
         return _log_of(self.run)
 
+    def end(self) -> None:
+        """Wait for it; only then let go of the pipe that ties it to this process."""
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
     def epochs(self) -> int:
         """Epochs done."""
         file = self.run.folder.metrics
@@ -326,7 +332,7 @@ def run_side_by_side(
                 code = job.process.poll()
                 if code is None:
                     continue
-                del slots[slot]
+                slots.pop(slot).end()
                 if code == NumericsError.exit_code:
                     yield job.run, _last_line(job.log)
                 elif code == 0 and job.run.done:  # code of the user's may end it with 0
@@ -338,7 +344,7 @@ def run_side_by_side(
         for job in slots.values():
             job.process.send_signal(signal.SIGTERM)
         for job in slots.values():
-            job.process.wait()
+            job.end()
     if failed is not None:
         run, code = failed
         problem = HesstraceError(f"{run.config.out} failed: {_last_line(_log_of(run))}")
