@@ -75,7 +75,8 @@ class ErrorBoundary(TyperGroup):
 
 def _place_of(problem: BaseException) -> str:
     """The file and line that raised it."""
-    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    frames = traceback.extract_tb(problem.__traceback__)
+    frame = [f for f in frames if not f.filename.startswith("<")][-1]  # exit() itself has no file
     return f"{frame.filename}, line {frame.lineno}"
 
 
