@@ -14,7 +14,7 @@ import torch.multiprocessing
 from hesstrace_cli import parallel
 
 
-def run_job(size, work, folder, *, seconds=240):
+def run_job(size, work, folder, *, seconds=600):
     """What `work(rank, ports)` gives in each of so many processes, in order.
 
     Args:
