@@ -19,6 +19,7 @@ from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_na
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.files import write_atomically
+from hesstrace_cli.paths import is_folder
 from hesstrace_cli.records import read_chosen, read_diverged, read_planned
 from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.resume import PLACE
@@ -64,6 +65,8 @@ def collect(folder: Path) -> Found:
     Raises:
         ConfigError: If none is finished.
     """
+    if not is_folder(folder):
+        raise ConfigError(f"{str(folder)!r} is no folder, expected one with finished runs")
     names = read_chosen(folder / CHOSEN)
 
     def folders(name: str) -> list[Path]:

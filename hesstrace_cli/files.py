@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.failures import is_of_the_machine
+from hesstrace_cli.paths import is_file
 
 try:
     import fcntl
@@ -123,6 +124,12 @@ def check_writable(path: str | None) -> None:
     if path is None or path == "-":
         return
     parent = Path(path).parent
+    try:
+        Path(path).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as problem:  # a name that no file can have
+        raise ConfigError(f"{path!r} cannot be written: {problem.strerror}") from problem
     if path and Path(path).is_dir():
         raise ConfigError(
             f"{path!r} cannot be written: it is a folder, expected the name of a file"
@@ -141,7 +148,7 @@ def check_apart(output: str | None, inputs: Iterable[str]) -> None:
     Raises:
         ConfigError: If `output` is one of them, or a file in one.
     """
-    if output is None or output == "-" or not Path(output).is_file():
+    if output is None or output == "-" or not is_file(output):
         return
     written = Path(output).resolve()
     for name in inputs:

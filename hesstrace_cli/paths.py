@@ -14,3 +14,8 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Whether it is a folder, or a link to one."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether anything has the name, a link that leads nowhere too."""
+    return os.path.lexists(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hesstrace_cli.config import LARGEST, shortened
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.paths import is_file
+from hesstrace_cli.paths import is_file, is_there
 
 RUN_SCHEMA = "hesstrace/run/1"
 
@@ -101,7 +101,7 @@ def read_summary(file: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: If it is damaged.
     """
-    if not _is_there(file):
+    if not is_there(file):
         return None
     summary = _read(file)
     if isinstance(summary, dict) and summary.get("schema") not in (None, RUN_SCHEMA):
@@ -124,7 +124,7 @@ def read_chosen(file: Path) -> list[str] | None:
     Raises:
         ConfigError: If it is damaged.
     """
-    if not _is_there(file):
+    if not is_there(file):
         return None
     return _checked(_read(file), _list_of(_TEXT), file, "repeat the comparison")
 
@@ -144,7 +144,7 @@ def read_costs(file: Path) -> dict[str, float]:
     Raises:
         ConfigError: If it is damaged.
     """
-    if not _is_there(file):
+    if not is_there(file):
         return {}
     return _checked(_read(file), _mapping_of(_POSITIVE), file, "remove it")
 
@@ -155,16 +155,11 @@ def read_epochs(file: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: If it is damaged.
     """
-    if not _is_there(file):
+    if not is_there(file):
         return []
     lines = text_of(file).splitlines(keepends=True)
     epochs = [_parsed(line, file) for line in lines if line.endswith("\n") and line.strip()]
     return [_checked(epoch, _EPOCH, file, "remove it") for epoch in epochs]
-
-
-def _is_there(file: Path) -> bool:
-    """Whether there is anything of the name."""
-    return file.exists() or file.is_symlink()
 
 
 def text_of(file: Path) -> str:

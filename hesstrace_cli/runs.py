@@ -15,7 +15,7 @@ from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name, to_y
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.locks import FolderLock
-from hesstrace_cli.paths import is_file
+from hesstrace_cli.paths import is_file, is_there
 from hesstrace_cli.records import read_summary, text_of
 from hesstrace_cli.resume import changes, is_longer, why_not_longer
 from hesstrace_cli.state import check_whole, config_of
@@ -89,7 +89,7 @@ class RunFolder:
     def owns(self, file: Path) -> bool:
         """Whether a file belongs to the run in this folder, so that nothing else may be there."""
         kept = re.fullmatch(r"epoch-\d{4,}\.pt", file.name) is not None
-        return self.settings.is_file() and (kept or file.name in {own.name for own in self._own})
+        return is_file(self.settings) and (kept or file.name in {own.name for own in self._own})
 
     @property
     def _own(self) -> tuple[Path, ...]:
@@ -103,7 +103,7 @@ class RunFolder:
         """
         name = repr(str(self.path))
         for file in self._own:
-            if (file.exists() or file.is_symlink()) and not is_file(file):
+            if is_there(file) and not is_file(file):
                 raise ConfigError(f"{str(file)!r} is no regular file; remove it")
         try:
             there = self.path.is_dir()

@@ -365,3 +365,43 @@ def test_rows_that_would_share_a_folder_are_refused_before_one_is_made(flags, tm
     result = invoke("compare", *TINY, *flags, "--reg", "none", "--out", "c")
     assert_one_line_error(result, 2)
     assert not (tmp_path / "c").exists()
+
+
+LONG = ["x" * 300, "x" * 5000, "a/" * 3000, "\udcff" * 200]
+PLACES = [
+    ("train", "--config", ""),
+    ("train", "--dataset", ".npz"),
+    ("train", "--dataset", ".py:data"),
+    ("train", "--dataset", ""),
+    ("train", "--model", ".py:build"),
+    ("train", "--model", ""),
+    ("train", "--init", ".pt"),
+    ("train", "--out", ""),
+    ("train", "--reg", ".py:R=0.1"),
+    ("compare", "--out", ""),
+    ("compare", "", ""),
+    ("estimate-trace", "", ".pt"),
+    ("estimate-trace", "", ".safetensors"),
+    ("estimate-trace", "--json", ".json"),
+    ("spectrum", "--plot", ".png"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=" ".join)
+def test_names_that_no_file_can_have(place):
+    command, flag, ending = place
+    few = ("--epochs", "1", "--train-examples", "40", "--model-arg", "width=4")
+    few = {"train": few, "compare": (*few, "--seeds", "0", "--reg", "none")}.get(command, ())
+    few = few if flag else ()
+    for name in LONG:
+        checkpoint = ["nothing.pt"] if command in ("estimate-trace", "spectrum") and flag else []
+        result = invoke(command, *([flag] if flag else []), name + ending, *checkpoint, *few)
+        assert result.exit_code in (0, 2, 3, 4), (name[:9], result.output, result.exception)
+        if result.exit_code:
+            assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("folder", LONG, ids=["300", "5000", "levels", "bytes"])
+def test_folders_that_cannot_be(folder):
+    assert_one_line_error(invoke("train", "--dataset", f"imagefolder:{folder}"), 3)
+    assert_one_line_error(invoke("train", "--dataset", "mnist", "--data-dir", folder), 3)

@@ -10,6 +10,7 @@ from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name
 from hesstrace_cli.errors import Stopped
+from hesstrace_cli.paths import is_file
 from hesstrace_cli.reporting import tables
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _stored(flags: dict[str, Any]) -> str | None:
         return None
     out = flags.get("out")
     folder = RunFolder(default_folder(TrainConfig()) if out is None else Path(out))
-    return str(folder.settings) if folder.settings.is_file() else None
+    return str(folder.settings) if is_file(folder.settings) else None
 
 
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:

@@ -233,8 +233,8 @@ def _open_image(path: str) -> Image.Image:
 
 
 def _image_folder(folder: Path, image_size: int | None) -> Source:
-    test_folder = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
-    if not (folder / "train").is_dir() or test_folder is None:
+    test_folder = next((folder / n for n in ("val", "test") if is_folder(folder / n)), None)
+    if not is_folder(folder / "train") or test_folder is None:
         raise DataError(f"{str(folder)!r} has no folders train/ and val/ or test/ with images")
     try:
         train, test = Images(folder / "train", image_size), Images(test_folder, image_size)
