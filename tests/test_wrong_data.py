@@ -535,15 +535,10 @@ def test_factories_that_give_something_else(source, flag, code, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_model_that_ends_the_program_is_a_bug_with_its_traceback(tmp_path):
-    (tmp_path / "quits.py").write_text(
-        "import sys\nfrom torch import nn\n"
-        "class M(nn.Linear):\n    def forward(self, x): sys.exit(0)\n"
-        "def build(): return M(64, 10)\n"
-    )
-    result = invoke("train", "--model", f"{tmp_path}/quits.py:build", "--epochs", "1")
-    assert result.exit_code == 1
-    assert isinstance(result.exception, RuntimeError)
+def test_examples_that_end_the_program(tmp_path):
+    spec = plugin(tmp_path / "d.py", "exit(0) if i == 20 else (torch.zeros(1, 8, 8), i % 3)")
+    with pytest.raises(DataError, match="exit"):
+        load(spec)
 
 
 def test_a_factory_that_switches_gradients_off_changes_nothing(tmp_path):

@@ -192,6 +192,8 @@ def readable(examples: Iterable[Item]) -> Iterator[Item]:
     try:
         yield from examples
         return
+    except SystemExit as problem:
+        reason = f"the code that reads the data called sys.exit({problem.code!r})"
     except (OSError, DataError) as problem:
         if is_out_of_memory(problem):
             raise
