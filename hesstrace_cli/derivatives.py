@@ -98,6 +98,19 @@ def _normal(like: Tensor, generator: Generator) -> Tensor:
     ).to(like)  # fmt: skip
 
 
+@contextmanager
+def _holding(params: Params, values: Params) -> Iterator[None]:
+    """For a while the parameters hold other values, in the memory that they have."""
+    before = {n: params[n].detach().clone() for n in values}
+    try:
+        for n, value in values.items():
+            params[n].data.copy_(value)
+        yield
+    finally:
+        for n, p in before.items():
+            params[n].data.copy_(p)
+
+
 def _over(steps: Sequence[float], difference: Callable[[float], T]) -> Iterator[T]:
     """A difference for every step within which the model has a value."""
     for step in steps:
@@ -155,17 +168,11 @@ class Check:
             )
 
     @contextmanager
-    def displaced(self, direction: Params, size: float) -> Iterator[None]:
-        """The weights moved in place."""
+    def _displaced(self, direction: Params, size: float) -> Iterator[None]:
         params = self.objective.params
-        before = {n: params[n].detach().clone() for n in direction}
-        try:
-            for n, part in direction.items():
-                params[n].data.add_(part, alpha=size)
+        moved = {n: params[n].detach() + size * part for n, part in direction.items()}
+        with _holding(params, moved):
             yield
-        finally:
-            for n, p in before.items():
-                params[n].data.copy_(p)
 
     def _outputs(self) -> Tensor:
         with self._padding:
@@ -174,7 +181,7 @@ class Check:
     def _gradient_at(self, size: float) -> Params:
         """The unmodified model's gradient at w + size v."""
         if size not in self._gradients:
-            with pinned(self.X), self.displaced(self.v, size):
+            with pinned(self.X), self._displaced(self.v, size):
                 loss = self.objective.task.loss(self._outputs(), self.y)
                 self._gradients[size] = gradient(loss, self.objective.params)
         return self._gradients[size]
@@ -190,7 +197,7 @@ class Check:
     def _product_at(self, size: float) -> Params:
         """H v at w + size v by reverse mode."""
         objective = self.objective
-        with pinned(self.X), self.displaced(self.v, size):
+        with pinned(self.X), self._displaced(self.v, size):
             loss = objective.loss(objective.params, self.X, self.y)
             grad = gradient(loss, objective.params, create_graph=True)
             check_graph(*grad.values())
@@ -373,7 +380,7 @@ class Check:
         direction = {n: unit * part for n, part in pulled.items()}
 
         def at(step: float) -> tuple[Tensor, Params]:
-            with pinned(self.X), self.displaced(direction, step):
+            with pinned(self.X), self._displaced(direction, step):
                 moved = self._outputs()
                 return moved.detach(), pull(moved, u)
 
@@ -393,15 +400,17 @@ def _reads_parameters_alone(objective: Objective, X: Tensor, generator: Generato
     """Whether moving the weights in place is the same as giving the model moved parameters."""
     model, params = objective.model, objective.params
     check = Check(objective, X, X, generator)
+    # The same to the last bit both times, as rounding may grow on its way through batch norms.
+    moved_params = {n: p.detach() + _ASIDE * check.v[n] for n, p in params.items()}
     with torch.no_grad(), pinned(X):
         here = call_as_it_is(model, X)
     with torch.no_grad(), pinned(X):
-        given = call_as_it_is(model, X, {n: p + _ASIDE * check.v[n] for n, p in params.items()})
-    with torch.no_grad(), pinned(X), check.displaced(check.v, _ASIDE):
+        given = call_as_it_is(model, X, moved_params)
+    with torch.no_grad(), pinned(X), _holding(params, moved_params):
         in_place = call_as_it_is(model, X)
     moved = (in_place - here).abs().max().item()
     rounding = 100 * torch.finfo(here.dtype).eps * here.abs().max().item()
-    return (given - in_place).abs().max().item() <= 1e-3 * moved + rounding
+    return (given - in_place).abs().max().item() <= 0.01 * moved + rounding
 
 
 _ASIDE = 0.01
