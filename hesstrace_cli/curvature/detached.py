@@ -35,7 +35,7 @@ class Detached(Unfit):
 
 _MOST = 64  # examples
 _TRIES = 3
-_IN_DOUBLE = ((1e-5, 1e-6, 1e-4, 1e-7, 1e-3), 1e-4, 1e-14)  # steps, tolerance, rounding
+_IN_DOUBLE = ((1e-6, 1e-7, 1e-5, 1e-8, 1e-9, 1e-4, 1e-3), 1e-4, 1e-14)  # steps, tolerance, rounding
 _IN_SINGLE = ((1e-2, 3e-3, 3e-2), 3e-2, 1e-6)
 
 
