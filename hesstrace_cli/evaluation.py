@@ -62,9 +62,9 @@ _FAR = 10.0  # times log C
 
 def collapse_of(found: Evaluation, split: Split) -> str | None:
     """`collapse` of an evaluation; nothing is said where examples have no class each."""
-    if split.task.name != "classification" or split.labels.is_floating_point():
+    if split.task.name != "classification" or split.targets.is_floating_point():
         return None
-    return collapse(found.loss, found.metrics["accuracy"], split.labels)
+    return collapse(found.loss, found.metrics["accuracy"], split.targets)
 
 
 def collapse(loss: float, accuracy: float, labels: Tensor) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesstrace_cli import launcher
 from hesstrace_cli.casting import cast_model
 from hesstrace_cli.checkpoints import load_weights, read_checkpoint
-from hesstrace_cli.config import CheckpointConfig
+from hesstrace_cli.config import CheckpointConfig, DataConfig
 from hesstrace_cli.curvature.independence import MixedExamples, check_independence
 from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
@@ -117,13 +117,24 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         check_apart(place, [path, *files_of(model_name), *files_of(dataset)])
     same_data = dataset == said.get("dataset")
     defaults = said if same_data else {}
-    names = ("data_dir", "image_size", "train_examples", "val_fraction", "num_classes")
+    names = (
+        "data_dir",
+        "image_size",
+        "train_examples",
+        "val_fraction",
+        "num_classes",
+        "task",
+        "class_weights",
+    )
     unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
     changes: dict[str, Any] = {
         **unsaid,
         "model": model_name,
         "dataset": dataset,
         "model_arg": config.model_arg or said.get("model_arg", {}),
+        "ignore_index": config.ignore_index
+        if config.ignore_index != DataConfig.ignore_index
+        else defaults.get("ignore_index", DataConfig.ignore_index),
     }
     config = dataclasses.replace(config, **changes)
     device = select_device(config.device)
@@ -143,7 +154,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
     split = data.test if config.split == "test" else data.train
     population = len(split)
     if config.num_examples is not None and config.num_examples < population:
-        split = split.subset(stratified_order(split.labels, config.seed)[: config.num_examples])
+        split = split.subset(stratified_order(split.targets, config.seed)[: config.num_examples])
     notes = [] if checkpoint.note is None else [checkpoint.note]
     notes += _warnings(model, data, config)
     return Loaded(
@@ -169,20 +180,22 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     """Try the model on two examples.
 
     Returns:
-        The number of its logits.
+        The number of its outputs: of classes, or of the numbers of a target.
 
     Raises:
-        ModelError: If it does not take them, or does not give one logit a class.
+        ModelError: If it does not take them, or gives what the task does not expect.
     """
-    X, _ = next(data.test.batches(2))
+    X, y = next(data.test.batches(2))
     with eval_mode(model):
-        logits = _try(model, X, name, "eval mode")
-    if logits.dim() != 2 or len(logits) != len(X) or logits.shape[1] < data.num_classes:
+        outputs = _try(model, X, name, "eval mode")
+    data.task.check_outputs(outputs, y, name)
+    width = data.task.width(outputs)
+    if width < data.num_classes:
         raise ModelError(
-            f"model {name!r} gives outputs of shape {tuple(logits.shape)} for {len(X)} examples, "
-            f"expected ({len(X)}, {data.num_classes}), a logit for each class of {data.name}"
+            f"model {name!r} gives outputs of shape {tuple(outputs.shape)} for {len(X)} examples, "
+            f"expected {data.num_classes}, a logit for each class of {data.name}"
         )
-    return logits.shape[1]
+    return width
 
 
 def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:

@@ -45,7 +45,7 @@ def summarize(
         )
     some = data.train
     if len(some) > _EXAMPLES:
-        some = some.subset(stratified_order(some.labels, 0)[:_EXAMPLES])
+        some = some.subset(stratified_order(some.targets, 0)[:_EXAMPLES])
     jacobian = input_jacobian(model, some, batch_size)
     return {
         "dataset": config.dataset,

@@ -362,7 +362,7 @@ class Run:
     def _monitored_trace(self) -> dict[str, float | None]:
         """The trace on a subset that stays the same, in eval mode."""
         split = self.data.train
-        split = split.subset(stratified_order(split.labels, 0)[:_MONITORED_EXAMPLES])
+        split = split.subset(stratified_order(split.targets, 0)[:_MONITORED_EXAMPLES])
         config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
         record = trace_record(self.model, split, config) if self.ranks.is_first else {}
         return {"trace": record.get("trace"), "trace_stderr": record.get("stderr")}

@@ -90,8 +90,8 @@ def test_flags_win_over_yaml(tmp_path):
         ({"x_train": np.zeros((0, 1, 6, 6)), "y_train": np.zeros(0, int)}, ["no examples"]),
         ({"x_train": np.full((40, 1, 6, 6), np.nan, np.float32)}, ["NaN"]),
         ({"y_train": np.full(40, -1)}, ["-1"]),
-        ({"y_train": np.zeros(39, int)}, ["39 labels"]),
-        ({"x_train": np.array(["a"])}, ["or uint8"]),
+        ({"y_train": np.zeros(39, int)}, ["39 targets"]),
+        ({"x_train": np.array(["a"])}, ["uint8, scaled"]),
     ],
 )  # fmt: skip
 def test_wrong_data(tmp_path, changes, words):
@@ -379,7 +379,7 @@ def good(): return Of((torch.zeros(3), 0)), Of((torch.zeros(3), 1))
         ("--model", "needs", 4, ["missing 1 required positional argument: 'depth'", "num_classes"]),
         ("--dataset", "endless", 3, ["Endless", "with a length"]),
         ("--dataset", "image", 3, ["an input is a str", "expected a tensor"]),
-        ("--dataset", "word", 3, ["label is 'cat'"]),
+        ("--dataset", "word", 3, ["target is 'cat'"]),
         ("--dataset", "bare", 3, ["an example is a Tensor"]),
         ("--dataset", "folder", 3, ["missing 1 required positional argument: 'path'"]),
     ],

@@ -39,7 +39,7 @@ def test_validation_examples_are_not_trained_on():
     assert not train & set(val)
     assert load_data(TrainConfig(val_fraction=0), CPU).val is None
     same = load_data(TrainConfig(val_fraction=0.2, seed=5), CPU)
-    assert torch.equal(same.train.labels, data.train.labels)
+    assert torch.equal(same.train.targets, data.train.targets)
 
 
 def test_crop_flip_shifts_and_mirrors():

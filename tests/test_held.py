@@ -67,7 +67,7 @@ def test_a_subset_decodes_its_own(images):
     assert sum(images.values()) == 3
     whole = torch.cat([X for X, _ in split.batches(7)])
     assert torch.equal(X, whole[[5, 3, 40]])
-    assert torch.equal(y.cpu(), split.labels[[5, 3, 40]])
+    assert torch.equal(y.cpu(), split.targets[[5, 3, 40]])
     held = split.subset(torch.tensor([5, 3, 40]))
     images.clear()
     assert torch.equal(next(held.batches(3))[0], X)

@@ -27,6 +27,8 @@ from hesstrace_cli.config.rows import (
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
+TASK_NAMES = ("classification", "tokens", "segmentation", "regression", "multilabel")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -44,6 +46,17 @@ class DataConfig:
     )  # fmt: skip
     num_classes: int | None = option(
         None, "number of classes, where the data may lack some", panel="Model and data", minimum=1
+    )
+    task: str | None = option(
+        None, "what outputs and targets are for; auto goes by the targets (default: auto, or as "
+        "the checkpoint says)", panel="Model and data", choices=("auto", *TASK_NAMES),
+    )  # fmt: skip
+    class_weights: str | None = option(
+        None, "balanced, or a weight for each class in the mean loss", panel="Model and data",
+        metavar="balanced|W,W,...",
+    )  # fmt: skip
+    ignore_index: int = option(
+        -100, "the target of tokens and pixels that do not count", panel="Model and data"
     )
     dataset: str | None = option(
         None,
@@ -87,6 +100,26 @@ class DataConfig:
             check_range(item, getattr(self, item.name))
         if (self.mean is None) != (self.std is None):
             raise ConfigError("--mean and --std go together; one of them is missing")
+        self.class_weights_given()
+
+    def class_weights_given(self) -> tuple[float, ...] | None:
+        """The weights that were given as numbers; None for none and for `balanced` ones.
+
+        Raises:
+            ConfigError: If they are no numbers from 0.
+        """
+        if self.class_weights in (None, "balanced"):
+            return None
+        try:
+            weights = tuple(float(part) for part in str(self.class_weights).split(","))
+        except ValueError:
+            weights = (-1.0,)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ConfigError(
+                f"--class-weights is {shortened(self.class_weights)}, expected balanced, or "
+                "numbers from 0 joined with commas, one a class"
+            )
+        return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +128,7 @@ class TrainConfig(DataConfig):
 
     model: str = inherited(DataConfig, "model", "small-cnn")
     dataset: str = inherited(DataConfig, "dataset", "digits")
+    task: str = inherited(DataConfig, "task", "auto")
     data_dir: str = inherited(DataConfig, "data_dir", "data")
     val_fraction: float = inherited(DataConfig, "val_fraction", 0.1)
     batch_size: int = inherited(DataConfig, "batch_size", 32)
@@ -300,6 +334,7 @@ class VerifyConfig(DataConfig):
 
     model: str = inherited(DataConfig, "model", "small-cnn")
     dataset: str = inherited(DataConfig, "dataset", "digits")
+    task: str = inherited(DataConfig, "task", "auto")
     val_fraction: float = inherited(DataConfig, "val_fraction", 0.0)
     batch_size: int = inherited(DataConfig, "batch_size", 8)
     dtype: str = option("float64", "precision", panel="Estimate", choices=("float64",))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hesstrace_cli.config import LARGEST, DataConfig, TrainConfig
-from hesstrace_cli.data.checks import example_of, labels_of, same_kind
+from hesstrace_cli.data.checks import example_of, same_kind, stacked, targets_of
 from hesstrace_cli.data.held import HeldSplit
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.sources import Arrays, Images, Source, is_data_plugin, open_source
@@ -23,7 +23,9 @@ from hesstrace_cli.data.splits import (
     readable,
     stratified_order,
 )
+from hesstrace_cli.data.targets import balanced_weights, count_outputs, task_and_reason
 from hesstrace_cli.errors import DataError
+from hesstrace_cli.tasks import Task, task_of
 
 __all__ = ["DataSet", "Split", "is_data_plugin", "load_data", "stratified_order"]
 
@@ -40,9 +42,11 @@ class DataSet:
         train: The training examples, without those held out.
         val: The examples held out of the training data; None without validation.
         test: The test examples.
-        num_classes: Labels are 0 to num_classes - 1.
+        num_classes: How many outputs a model needs: the classes, numbered from 0, or the numbers
+            of a target.
         in_shape: Shape of one input.
         preprocess: What is done to every batch.
+        task_reason: Why it is this task.
     """
 
     name: str
@@ -52,6 +56,12 @@ class DataSet:
     num_classes: int
     in_shape: tuple[int, ...]
     preprocess: Preprocess
+    task_reason: str
+
+    @property
+    def task(self) -> Task:
+        """What it is for."""
+        return self.train.task
 
 
 def load_data(
@@ -70,7 +80,7 @@ def load_data(
         recorded: The preprocessing of a checkpoint, used unless `--mean` is given.
 
     Raises:
-        DataError: If it is missing, empty, or holds inputs or labels out of range.
+        DataError: If it is missing, empty, or holds inputs or targets that the task does not take.
     """
     assert config.dataset is not None
     source = open_source(
@@ -83,18 +93,17 @@ def load_data(
         return _split(part, f"{config.dataset} ({name})", preprocess, device, dtype, config)
 
     train, test = split(source.train, "train"), split(source.test, "test")
-    num_classes = config.num_classes or source.num_classes
-    if num_classes is None:
-        num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
-        if num_classes > max(1000, 100 * len(train)):
-            raise DataError(
-                f"{config.dataset}: labels go up to {num_classes - 1} among {len(train)} examples; "
-                "if that is right, say so with --num-classes"
-            )
     _check_kinds(source, config.dataset)
+    task, reason = task_and_reason(config, train.targets)
     for name, part in (("train", train), ("test", test)):
-        _check_labels(part.labels, num_classes, f"{config.dataset} ({name})")
+        task.check_targets(part.targets, f"{config.dataset} ({name})")
+    num_classes = count_outputs(task, config, source.num_classes, train.targets, test.targets)
     train, val = _hold_out(train, config)
+    if config.class_weights == "balanced":
+        weights = balanced_weights(train.targets, num_classes, task)
+        task = task_of(task.name, class_weights=weights, ignore_index=config.ignore_index)
+    train, test = train.of_task(task), test.of_task(task)
+    val = None if val is None else val.of_task(task)
     if isinstance(config, TrainConfig):  # uses them all: what is damaged is found before the work
         train, test = _at_once(train), _at_once(test)
         val = None if val is None else _at_once(val)
@@ -104,7 +113,7 @@ def load_data(
             f"{config.dataset}: a training input has shape {in_shape}, a test input {tested}, "
             "expected the same"
         )
-    return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess)
+    return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess, reason)
 
 
 def _at_once(split: Split) -> Split:
@@ -134,16 +143,16 @@ def _split(
 ) -> Split:
     if isinstance(part, Arrays):
         _check_finite(part.inputs, name)
-        return TensorSplit(part.inputs.to(device), part.labels.to(device), preprocess, dtype)
+        return TensorSplit(part.inputs.to(device), part.targets.to(device), preprocess, dtype)
     if _length(part, name) == 0:
         raise DataError(f"{name} has no examples")
-    labels = _labels_of(part, name)
+    targets = _targets_of(part, name)
     files = DatasetSplit(
-        part, torch.arange(len(labels)), labels, preprocess, device, config.num_workers, dtype,
+        part, torch.arange(len(targets)), targets, preprocess, device, config.num_workers, dtype,
         Collate(name, _kind_of(part, name)),
     )  # fmt: skip
     if isinstance(part, Images) and config.image_size is not None:
-        numbers = len(labels) * 3 * config.image_size**2
+        numbers = len(targets) * 3 * config.image_size**2
         return HeldSplit(files) if numbers <= _HELD else files
     return files
 
@@ -183,31 +192,22 @@ def _length(dataset: Dataset[Any], name: str) -> int:
     return length
 
 
-def _labels_of(dataset: Dataset[Any], name: str) -> Tensor:
-    """The class numbers: what the Dataset says in its `targets`, else those of every example."""
+def _targets_of(dataset: Dataset[Any], name: str) -> Tensor:
+    """The targets: what the Dataset says in its `targets`, else those of every example."""
     length = _length(dataset, name)
-    targets = getattr(dataset, "targets", None)
-    if targets is None or getattr(dataset, "target_transform", None) is not None:
+    said = getattr(dataset, "targets", None)
+    if said is None or getattr(dataset, "target_transform", None) is not None:
         examples = readable(dataset[i] for i in range(length))
-        return labels_of([example_of(example, name)[1] for example in examples], name)
-    labels = labels_of(targets, name)
-    if len(labels) != length:
-        raise DataError(f"{name} has {length} examples, but {len(labels)} `targets`")
-    return labels
-
-
-def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name}: labels go from {low} to {high}, expected 0 to {num_classes - 1}; "
-            "--num-classes sets their number"
-        )
+        return stacked([example_of(example, name)[1] for example in examples], name)
+    targets = targets_of(said, name)
+    if len(targets) != length:
+        raise DataError(f"{name} has {length} examples, but {len(targets)} `targets`")
+    return targets
 
 
 def _hold_out(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
     """Take the fixed subset, if one is asked for, and the validation examples out of it."""
-    order = stratified_order(train.labels, _SUBSET_SEED)
+    order = stratified_order(train.targets, _SUBSET_SEED)
     if config.train_examples is not None:
         if config.train_examples > len(train):
             raise DataError(

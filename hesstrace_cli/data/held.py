@@ -27,9 +27,9 @@ class HeldSplit:
         self._looked_at = 0
 
     @property
-    def labels(self) -> Tensor:
-        """Class numbers, shape (N,)."""
-        return self._files.labels
+    def targets(self) -> Tensor:
+        """What the task is to find, shape (N, ...)."""
+        return self._files.targets
 
     @property
     def task(self) -> Task:
@@ -50,12 +50,18 @@ class HeldSplit:
             return self._tensors.subset(indices)
         return HeldSplit(self._files.subset(indices))
 
+    def of_task(self, task: Task) -> Split:
+        """The same examples for a task."""
+        if self._tensors is not None:
+            return self._tensors.of_task(task)
+        return HeldSplit(self._files.of_task(task))
+
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in order."""
+        """Inputs and targets, batch by batch, in order."""
         return self.parts(torch.arange(len(self)).split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Inputs and labels of the examples at each of the given indices."""
+        """Inputs and targets of the examples at each of the given indices."""
         if indices and self._tensors is None:
             self._looked_at += len(indices[0])
             if self._looked_at < len(self):
@@ -70,6 +76,6 @@ class HeldSplit:
             files = self._files
             images = (files.dataset[int(i)][0] for i in files.indices)
             inputs = torch.stack(list(readable(images))).to(files.device)
-            labels = files.labels.to(files.device)
-            self._tensors = TensorSplit(inputs, labels, files.preprocess, files.dtype, files.task)
+            targets = files.targets.to(files.device)
+            self._tensors = TensorSplit(inputs, targets, files.preprocess, files.dtype, files.task)
         return self._tensors

@@ -31,7 +31,9 @@ class Preprocess:
     channels: int | None = None
 
     def __call__(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Apply it to a batch of shape (N, ...), giving `dtype`."""
+        """Apply it to a batch of shape (N, ...), giving `dtype`; indices stay what they are."""
+        if inputs.dtype == torch.int64:
+            return inputs
         if inputs.dtype == torch.uint8:
             inputs = inputs.to(dtype) / self.scale
         inputs = inputs.to(dtype)

@@ -20,7 +20,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from hesstrace_cli.config import did_you_mean, shortened
-from hesstrace_cli.data.checks import inputs_of, label_of, labels_of
+from hesstrace_cli.data.checks import count_of, inputs_of, targets_of
 from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.paths import is_file, is_folder
@@ -37,10 +37,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples as tensors: inputs (N, ...) and labels (N,)."""
+    """Examples as tensors: inputs (N, ...) and targets (N, ...)."""
 
     inputs: Tensor
-    labels: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -172,26 +172,31 @@ def _torchvision(spec: str, data_dir: str, download: bool, image_size: int | Non
     return Source(load(True), load(False), known.num_classes, known.mean, known.std)
 
 
-def _arrays(inputs: Any, labels: Any, name: str, image_size: int | None) -> Arrays:
+def _arrays(inputs: Any, targets: Any, name: str, image_size: int | None) -> Arrays:
     """Examples that stand in an array, checked; grey and channels-last images as (N, C, H, W).
 
     Raises:
-        DataError: If they are none, or not as many as the labels.
+        DataError: If they are none, or not as many as the targets.
     """
-    labels = labels_of(labels, name)
-    if len(labels) == 0:
+    targets = targets_of(targets, name)
+    if len(targets) == 0:
         raise DataError(f"{name}: there are no examples")
     inputs = inputs_of(inputs, name)
-    if inputs.dim() < 2 or len(inputs) != len(labels):
+    if inputs.dim() < 2 or len(inputs) != len(targets):
         raise DataError(
-            f"{name}: inputs have shape {tuple(inputs.shape)} and there are {len(labels)} labels, "
-            "expected an input a row and a label for each"
+            f"{name}: inputs have shape {tuple(inputs.shape)} and there are {len(targets)} "
+            "targets, expected an input a row and a target for each"
         )
-    if inputs.dim() == 3:
+    if inputs.dim() == 3 and inputs.dtype != torch.int64:
         inputs = inputs[:, None]
-    elif inputs.dim() == 4 and inputs.shape[-1] in (1, 3) and inputs.shape[1] not in (1, 3):
+    elif (
+        inputs.dim() == 4
+        and inputs.dtype != torch.int64
+        and inputs.shape[-1] in (1, 3)
+        and inputs.shape[1] not in (1, 3)
+    ):
         inputs = inputs.permute(0, 3, 1, 2).contiguous()
-    return Arrays(_resized(inputs, image_size), labels)
+    return Arrays(_resized(inputs, image_size), targets)
 
 
 class Images(datasets.ImageFolder):  # type: ignore[misc]
@@ -316,6 +321,6 @@ def _plugin(spec: str) -> Source:
                 "numbered examples"
             )
     num_classes = getattr(train, "num_classes", None)
-    if num_classes is not None and not label_of(num_classes, f"{spec!r}, num_classes") > 0:
-        raise DataError(f"{spec!r} has num_classes {num_classes}, expected at least 1")
+    if num_classes is not None:
+        num_classes = count_of(num_classes, f"{spec!r}, num_classes")
     return Source(train, test, num_classes)

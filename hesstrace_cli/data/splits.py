@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hesstrace_cli.data.checks import example_of, same_kind
+from hesstrace_cli.config import shortened
+from hesstrace_cli.data.checks import example_of, same_kind, stacked
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.errors import DataError
 from hesstrace_cli.failures import is_out_of_memory
@@ -26,8 +27,8 @@ class Split(Protocol):
     """Labelled examples that come in batches, preprocessed, on one device."""
 
     @property
-    def labels(self) -> Tensor:
-        """Class numbers, shape (N,)."""
+    def targets(self) -> Tensor:
+        """What the task is to find, shape (N, ...)."""
         ...
 
     @property
@@ -48,8 +49,12 @@ class Split(Protocol):
         """The split of the examples at `indices`, in that order."""
         ...
 
+    def of_task(self, task: Task) -> Split:
+        """The same examples for a task."""
+        ...
+
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in order; the last may be smaller.
+        """Inputs and targets, batch by batch, in order; the last may be smaller.
 
         Args:
             batch_size: Examples in a batch.
@@ -59,7 +64,7 @@ class Split(Protocol):
         ...
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Inputs and labels of the examples at each of the given indices, part by part."""
+        """Inputs and targets of the examples at each of the given indices, part by part."""
         ...
 
 
@@ -69,14 +74,14 @@ class TensorSplit:
 
     Attributes:
         inputs: uint8 or floating point, shape (N, ...).
-        labels: int64, shape (N,).
+        targets: int64 or floating point, shape (N, ...).
         preprocess: Applied to every batch.
         dtype: Floating-point type of the batches.
         task: What they are for.
     """
 
     inputs: Tensor
-    labels: Tensor
+    targets: Tensor
     preprocess: Preprocess
     dtype: torch.dtype = torch.float32
     task: Task = Classification()
@@ -84,30 +89,35 @@ class TensorSplit:
     @property
     def num_terms(self) -> int:
         """The terms that the mean loss over the split is over."""
-        return self.task.num_terms(self.labels)
+        return self.task.num_terms(self.targets)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def subset(self, indices: Tensor) -> TensorSplit:
         """The split of the examples at `indices`, in that order."""
-        indices = indices.to(self.labels.device)
-        inputs, labels = self.inputs[indices], self.labels[indices]
-        return dataclasses.replace(self, inputs=inputs, labels=labels)
+        indices = indices.to(self.targets.device)
+        inputs, targets = self.inputs[indices], self.targets[indices]
+        return dataclasses.replace(self, inputs=inputs, targets=targets)
+
+    def of_task(self, task: Task) -> TensorSplit:
+        """The same examples for a task."""
+        return dataclasses.replace(self, task=task)
 
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in order."""
-        rows = torch.arange(len(self), device=self.labels.device)
+        """Inputs and targets, batch by batch, in order."""
+        rows = torch.arange(len(self), device=self.targets.device)
         return self.parts(rows.split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Inputs and labels of the examples at each of the given indices."""
+        """Inputs and targets of the examples at each of the given indices."""
         if not indices:
             return
         # All at once, as every copy to a GPU waits for it.
-        rows = torch.cat(list(indices)).to(self.labels.device)
+        rows = torch.cat(list(indices)).to(self.targets.device)
         for chosen in rows.split([len(part) for part in indices]):
-            yield self.preprocess(self.inputs[chosen], self.dtype), self.labels[chosen]
+            X = self.preprocess(self.inputs[chosen], self.dtype)
+            yield X, _in(self.dtype, self.targets[chosen])
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class DatasetSplit:
     Attributes:
         dataset: Gives pairs of an input tensor and a label.
         indices: Which of its examples, in order.
-        labels: int64, shape (N,), on the CPU.
+        targets: int64 or floating point, shape (N, ...), on the CPU.
         preprocess: Applied to every batch, on the device.
         device: Where the batches go.
         num_workers: Processes that read; 0 reads in this one.
@@ -128,7 +138,7 @@ class DatasetSplit:
 
     dataset: Dataset[Any]
     indices: Tensor
-    labels: Tensor
+    targets: Tensor
     preprocess: Preprocess
     device: torch.device
     num_workers: int
@@ -139,22 +149,26 @@ class DatasetSplit:
     @property
     def num_terms(self) -> int:
         """The terms that the mean loss over the split is over."""
-        return self.task.num_terms(self.labels)
+        return self.task.num_terms(self.targets)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def subset(self, indices: Tensor) -> DatasetSplit:
         """The split of the examples at `indices`, in that order."""
-        chosen, labels = self.indices[indices], self.labels[indices]
-        return dataclasses.replace(self, indices=chosen, labels=labels)
+        chosen, targets = self.indices[indices], self.targets[indices]
+        return dataclasses.replace(self, indices=chosen, targets=targets)
+
+    def of_task(self, task: Task) -> DatasetSplit:
+        """The same examples for a task."""
+        return dataclasses.replace(self, task=task)
 
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
-        """Inputs and labels, batch by batch, in order."""
+        """Inputs and targets, batch by batch, in order."""
         return self.parts(torch.arange(len(self)).split(batch_size)[first::stride])
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Inputs and labels of the examples at each of the given indices, read ahead by workers."""
+        """Inputs and targets of the examples at each of the indices, read ahead by workers."""
         loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_sampler=[self.indices[chosen].tolist() for chosen in indices],
@@ -164,23 +178,33 @@ class DatasetSplit:
             # Without one, every pass would draw a seed for the workers from the global state.
             generator=Generator().manual_seed(0),
         )
-        for (inputs, labels), chosen in zip(readable(loader), indices, strict=True):
+        for (inputs, targets), chosen in zip(readable(loader), indices, strict=True):
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError("an input of the data set is NaN or infinite, expected numbers")
-            self._check_labels(labels, chosen)
+            self._check_targets(targets, chosen)
             inputs = inputs.to(self.device, non_blocking=True)
-            yield self.preprocess(inputs, self.dtype), labels.to(self.device, non_blocking=True)
+            targets = _in(self.dtype, targets.to(self.device, non_blocking=True))
+            yield self.preprocess(inputs, self.dtype), targets
 
-    def _check_labels(self, labels: Tensor, chosen: Tensor) -> None:
-        """The subsets and the number of classes rest on the labels that were said before."""
-        said = self.labels[chosen]
-        if not torch.equal(labels, said):
-            row = int((labels != said).nonzero()[0])
+    def _check_targets(self, targets: Tensor, chosen: Tensor) -> None:
+        """The subsets and the number of classes rest on the targets that were said before."""
+        said = self.targets[chosen]
+        alike = targets.dtype == said.dtype and targets.shape == said.shape
+        if not alike or not torch.equal(targets, said):
+            row = 0
+            if alike:
+                row = int((targets != said).reshape(len(said), -1).any(1).nonzero()[0])
+            given, before = (shortened(t[row].tolist()) for t in (targets, said))
             raise DataError(
-                f"{self.collate.name}: example {int(self.indices[chosen][row])} has the label "
-                f"{int(labels[row])}, but {int(said[row])} when the data was opened, or in its "
-                "`targets`; expected the same each time"
+                f"{self.collate.name}: example {int(self.indices[chosen][row])} has the target "
+                f"{given}, but {before} when the data was opened, or in its `targets`; expected "
+                "the same each time"
             )
+
+
+def _in(dtype: torch.dtype, targets: Tensor) -> Tensor:
+    """Targets that are numbers to be met in the type of the computation, others as they are."""
+    return targets.to(dtype) if targets.is_floating_point() else targets
 
 
 def readable(examples: Iterable[Item]) -> Iterator[Item]:
@@ -239,21 +263,30 @@ class Collate:
                 f"{self.name}: the inputs differ in shape ({', '.join(shapes[:3])}); give "
                 "--image-size, which resizes image files"
             )
-        return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+        return torch.stack([x for x, _ in pairs]), stacked([y for _, y in pairs], self.name)
 
 
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
+def strata_of(targets: Tensor) -> Tensor:
+    """What to stratify examples by: class numbers, of rows of numbers the largest, else nothing."""
+    if not targets.is_floating_point() and targets.dim() == 1:
+        return targets
+    if targets.is_floating_point() and targets.dim() == 2 and targets.shape[1] > 1:
+        return targets.argmax(1)
+    return torch.zeros(len(targets), dtype=torch.int64)
+
+
+def stratified_order(targets: Tensor, seed: int) -> Tensor:
     """An order of the examples whose every beginning has about the classes' shares.
 
     Within a class the order is random; the j-th of its n examples stands at (j + u) / n of the
     whole, with one random shift u a class. The first M examples are a stratified subset.
 
     Args:
-        labels: Shape (N,).
+        targets: Shape (N, ...); see `strata_of`.
         seed: Of the random order and shifts; the global random state is untouched.
     """
     generator = Generator().manual_seed(seed)
-    labels = labels.cpu()
+    labels = strata_of(targets).cpu()
     position = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()

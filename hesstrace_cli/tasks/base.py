@@ -102,6 +102,10 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def width(self, outputs: Tensor) -> int:
+        """How many outputs a model's are: of classes, or of the numbers of a target."""
+
+    @abstractmethod
     def num_terms(self, targets: Tensor) -> int:
         """M, the number of terms that the mean loss of a batch is over."""
 

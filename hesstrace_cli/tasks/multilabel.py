@@ -55,6 +55,10 @@ class Multilabel(Task):
         """D."""
         return targets.shape[1]
 
+    def width(self, outputs: Tensor) -> int:
+        """D."""
+        return outputs.shape[1]
+
     def num_terms(self, targets: Tensor) -> int:
         """The examples."""
         return len(targets)

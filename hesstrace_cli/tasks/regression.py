@@ -48,6 +48,10 @@ class Regression(Task):
         """D."""
         return self._size(targets)
 
+    def width(self, outputs: Tensor) -> int:
+        """D."""
+        return self._size(outputs)
+
     def num_terms(self, targets: Tensor) -> int:
         """The examples."""
         return len(targets)

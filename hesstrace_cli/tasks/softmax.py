@@ -131,6 +131,10 @@ class SoftmaxTask(Task):
             return targets.shape[self.class_dim]
         return 1 + int(targets.max())
 
+    def width(self, outputs: Tensor) -> int:
+        """C."""
+        return outputs.shape[self.class_dim]
+
     def num_terms(self, targets: Tensor) -> int:
         """The targets that are not ignored."""
         if self.ignored is None:
