@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(
     torch.version.cuda is None or sys.platform != "linux" or shutil.which("c++") is None,
     reason="needs Linux, a CUDA build of torch (no GPU) and a C++ compiler",
 )
-COMMANDS = ("train G", "train H", "train lstm", "exact", "hutchinson", "lstm, G", "spectrum",
-            "verify")  # fmt: skip
+COMMANDS = ("train G", "train H", "train lstm", "exact", "hutchinson", "lstm, G", "spectrum")
 COMPARED = ("train_loss", "test_loss", "trace", "loss", "eigenvalues", "input_jacobian", "flatness")
 
 
@@ -56,13 +55,9 @@ def test_as_on_the_cpu(found, name):
     assert cpu["exit_code"] == cuda["exit_code"] == 0, cpu.get("error", "") + cuda.get("error", "")
     assert cuda["device"].startswith("cuda")
     assert cpu["device"] == "cpu"
-    if name == "verify":
-        verdicts = [[(r["check"], r["verdict"]) for r in each["rows"]] for each in (cpu, cuda)]
-        assert verdicts[0] == verdicts[1]
-        return
     assert numbers(cpu)
     # Trained with convolutions in TF32, as a GPU does; measured in float32.
-    rel = 2e-2 if name.startswith("train") else 1e-4
+    rel = 5e-3 if name.startswith("train") else 1e-4
     assert numbers(cuda) == pytest.approx(numbers(cpu), rel=rel, abs=1e-6)
 
 
@@ -70,7 +65,7 @@ def test_waits(found):
     waits = {name: sum(each["waits"].values()) for name, each in found["waits"].items()}
     for name in ("none", "trace", "trace of H", "mixup"):
         assert waits[name] <= 5, found["waits"][name]
-    assert waits["two evaluations"] <= 2, found["waits"]
+    assert waits["an evaluation"] <= 3, found["waits"]  # of twelve batches
     assert waits["24 products"] <= 4, found["waits"]
 
 

@@ -39,8 +39,6 @@ COMMANDS = {
                 "--method", "hutchinson", "--max-passes", 1],
     "spectrum": ["spectrum", TRAINED.format("cnn"), *ESTIMATE, "--steps", 4, "--top", 1,
                  "--max-products", 4, "--num-probes", 1, "--num-directions", 1],
-    "verify": ["verify", "--model", "mlp", "--model-arg", "width=3", "--model-arg", "depth=1",
-               "--batch-size", 4],
 }  # fmt: skip
 
 
@@ -72,7 +70,7 @@ def waits() -> dict:
 
     from hesstrace_cli.config import TrainConfig, resolve
     from hesstrace_cli.curvature.lanczos import Krylov
-    from hesstrace_cli.evaluation import calibration_error, evaluate
+    from hesstrace_cli.evaluation import evaluate
     from hesstrace_cli.training import Run
     from tests.fakecuda.tensors import logged
 
@@ -95,8 +93,7 @@ def waits() -> dict:
         if name == "none":
             with logged() as log:
                 evaluate(run.model, run.data.test, 50)
-                calibration_error(run.model, run.data.test, 50)
-            found["two evaluations"] = {"waits": log.waits}
+            found["an evaluation"] = {"waits": log.waits}
     A = torch.randn(300, 300, device="cuda")
     with logged() as log:
         Krylov(A + A.mT, torch.randn(300, device="cuda")).extend(24)

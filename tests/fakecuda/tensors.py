@@ -34,6 +34,15 @@ class CudaTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        torch._C.TensorBase.data.__set__(self, other)  # type and shape
+        self.host = other.host
+
     def tolist(self):
         return self.detach().cpu().tolist()  # which PyTorch refuses for subclasses
 
