@@ -113,7 +113,8 @@ def test_commands_measure_in_full_precision_and_train_as_set(tmp_path):
 
     trained = precisions("train", "--epochs", 1, "--train-examples", 60, "--out", tmp_path / "run",
                          "--reg", "trace", "--monitor-trace", 1, "--top-eigenvalue")  # fmt: skip
-    assert {p for where, _, p in trained if where == "training"} == {"tf32"}
+    steps = [p for where, dtype, p in trained if where == "training" and dtype == torch.float32]
+    assert steps.count("tf32") >= 2  # what is checked of the derivatives before is measured too
     assert trained[-1][2] == "ieee"
     last, few = tmp_path / "run" / "last.pt", ["--num-examples", 20]
     assert {p for *_, p in precisions("estimate-trace", last, *few)} == {"ieee"}
