@@ -181,7 +181,7 @@ class Check:
     def _gradient_at(self, size: float) -> Params:
         """The unmodified model's gradient at w + size v."""
         if size not in self._gradients:
-            with pinned(self.X), self._displaced(self.v, size):
+            with pinned(), self._displaced(self.v, size):
                 loss = self.objective.task.loss(self._outputs(), self.y)
                 self._gradients[size] = gradient(loss, self.objective.params)
         return self._gradients[size]
@@ -197,7 +197,7 @@ class Check:
     def _product_at(self, size: float) -> Params:
         """H v at w + size v by reverse mode."""
         objective = self.objective
-        with pinned(self.X), self._displaced(self.v, size):
+        with pinned(), self._displaced(self.v, size):
             loss = objective.loss(objective.params, self.X, self.y)
             grad = gradient(loss, objective.params, create_graph=True)
             check_graph(*grad.values())
@@ -295,7 +295,7 @@ class Check:
     ) -> tuple[float, Params | None] | Row:
         """What an engine gives, with its gradient; a row that refuses it where it fails."""
         try:
-            with pinned(self.X):
+            with pinned():
                 value = engine()
                 grads = gradient(value, self.objective.params) if value.requires_grad else None
         except FAILURES as problem:
@@ -370,7 +370,7 @@ class Check:
             )  # fmt: skip
             return dict(zip(params, grads, strict=True))
 
-        with pinned(self.X):
+        with pinned():
             outputs = self._outputs()
         u = root(outputs.detach())
         pulled = pull(outputs, u)
@@ -380,7 +380,7 @@ class Check:
         direction = {n: unit * part for n, part in pulled.items()}
 
         def at(step: float) -> tuple[Tensor, Params]:
-            with pinned(self.X), self._displaced(direction, step):
+            with pinned(), self._displaced(direction, step):
                 moved = self._outputs()
                 return moved.detach(), pull(moved, u)
 
@@ -402,11 +402,11 @@ def _reads_parameters_alone(objective: Objective, X: Tensor, generator: Generato
     check = Check(objective, X, X, generator)
     # The same to the last bit both times, as rounding may grow on its way through batch norms.
     moved_params = {n: p.detach() + _ASIDE * check.v[n] for n, p in params.items()}
-    with torch.no_grad(), pinned(X):
+    with torch.no_grad(), pinned():
         here = call_as_it_is(model, X)
-    with torch.no_grad(), pinned(X):
+    with torch.no_grad(), pinned():
         given = call_as_it_is(model, X, moved_params)
-    with torch.no_grad(), pinned(X), _holding(params, moved_params):
+    with torch.no_grad(), pinned(), _holding(params, moved_params):
         in_place = call_as_it_is(model, X)
     moved = (in_place - here).abs().max().item()
     rounding = 100 * torch.finfo(here.dtype).eps * here.abs().max().item()

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.randomness import random_state_kept, seed_defaults
 
 GOOD = ("right", "replaced", "yes", "no", "measured")
 TOLERANCE = 1e-4
@@ -42,11 +42,10 @@ class Row:
 
 
 @contextmanager
-def pinned(X: Tensor) -> Iterator[None]:
+def pinned() -> Iterator[None]:
     """The same random numbers each time, and the global state as before."""
-    devices = [X.device] if X.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    with random_state_kept():
+        seed_defaults(0)
         yield
 
 

@@ -137,9 +137,9 @@ def _of_check(check: Check, mode: str) -> Iterator[Row]:
 
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
-    with torch.no_grad(), pinned(X):
+    with torch.no_grad(), pinned():
         first = call_as_it_is(model, X)
-    with torch.no_grad(), pinned(X):
+    with torch.no_grad(), pinned():
         second = call_as_it_is(model, X)
     name = f"{mode}: results repeat"
     if not torch.equal(first, second):

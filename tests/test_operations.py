@@ -103,7 +103,7 @@ def models(op, *, in_place):
             continue
         try:
             model = Operation(function, sample)
-            with pinned(X):
+            with pinned():
                 output = model(X)
         except (RuntimeError, TypeError, ValueError, IndexError):
             continue  # gives nothing to differentiate
@@ -121,7 +121,7 @@ def truths(objective, v, u):
 
     @torch.no_grad()
     def loss(at):
-        with pinned(X):
+        with pinned():
             values = oracles.unflatten(at, params)
             output = call_as_it_is(objective.model, X, values)
         return objective.task.loss(output, X)
@@ -155,7 +155,7 @@ def verdict(model):
     truth = truths(objective, oracles.flatten(v), oracles.flatten(u))
     if truth is None:
         return "unsettled", found.engine
-    with pinned(X):
+    with pinned():
         value = quadratic_form(
             lambda p: objective.loss(p, X, X), objective.params, v, mode=found.engine
         )
