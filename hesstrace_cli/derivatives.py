@@ -388,10 +388,12 @@ class Check:
             (outputs_ahead, ahead), (outputs_behind, behind) = at(step), at(-step)
             length = 2 * step * unit
             pushed = (outputs_ahead - outputs_behind) / length
-            by_root = pull(root(outputs), pushed)
-            return {
-                n: 2 / num_terms * ((ahead[n] - behind[n]) / length + by_root[n]) for n in pulled
-            }
+            change = {n: (ahead[n] - behind[n]) / length for n in pulled}
+            rooted = root(outputs)
+            if rooted.requires_grad:  # a squared error's curvature is the same everywhere
+                by_root = pull(rooted, pushed)
+                change = {n: part + by_root[n] for n, part in change.items()}
+            return {n: 2 / num_terms * part for n, part in change.items()}
 
         return pulled, _over(self.accuracy.first, difference)
 

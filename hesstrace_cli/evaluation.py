@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from hesstrace_cli.curvature.data_loss import check_counts
 from hesstrace_cli.curvature.objective import call_as_it_is, eval_mode, outputs_of
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
@@ -41,7 +42,11 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
     """The mean loss and the metrics on a split, in eval mode.
 
     The host waits for the device once, at the end.
+
+    Raises:
+        DataError: If no term of the split counts.
     """
+    check_counts(split.num_terms, len(split))
     task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
     with eval_mode(model):
         for X, y in split.batches(batch_size):

@@ -21,7 +21,7 @@ from hesstrace_cli.curvature.objective import (
     draws_random_numbers,
     trainable,
 )
-from hesstrace_cli.data import load_data
+from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.derivatives import Check, checked
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.estimation import versions
@@ -59,8 +59,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     model = model.to(device)
     check_fit(model, data, config.model)
     check_training_output(model, data, config.model)
-    X, y = next(data.train.batches(config.batch_size))
-    again, _ = next(data.train.batches(config.batch_size))
+    X, y = _first_batch(data.train, config.batch_size)
+    again, _ = _first_batch(data.train, config.batch_size)
     rows = [_data_repeats(torch.equal(X, again))]
     for mode in ("train", "eval"):
         model.train(mode == "train")
@@ -81,6 +81,12 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
     }
+
+
+def _first_batch(split: Split, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The first batch with a term that counts: the loss of others is the constant 0."""
+    batches = split.batches(batch_size)
+    return next((X, y) for X, y in batches if split.task.num_terms(y))
 
 
 def _data_repeats(same: bool) -> Row:

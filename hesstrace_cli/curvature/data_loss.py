@@ -8,9 +8,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.errors import DataError
 from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def check_counts(num_terms: int, num_examples: int) -> None:
+    """Refuse examples of which no term counts, as a few of many may be.
+
+    Raises:
+        DataError: Saying how many examples there are.
+    """
+    if num_terms == 0:
+        raise DataError(
+            f"every target of these {num_examples} examples is the ignored index, expected some "
+            "that count; take more examples or others"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,9 @@ class DataLoss:
         num_examples: N, of all batches together.
         num_terms: M, of all batches together.
         ranks: The processes that share the batches.
+
+    Raises:
+        DataError: If there is no term.
     """
 
     objective: Objective
@@ -48,6 +65,9 @@ class DataLoss:
     num_examples: int
     num_terms: int
     ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        check_counts(self.num_terms, self.num_examples)
 
     @classmethod
     def counted(cls, objective: Objective, batches: Batches) -> DataLoss:

@@ -129,7 +129,8 @@ class SoftmaxTask(Task):
         """The classes: one more than the largest number, or as many as there are probabilities."""
         if targets.is_floating_point():
             return targets.shape[self.class_dim]
-        return 1 + int(targets.max())
+        counted = targets if self.ignored is None else targets[targets != self.ignored]
+        return 1 + int(counted.max())
 
     def width(self, outputs: Tensor) -> int:
         """C."""
@@ -170,7 +171,12 @@ class SoftmaxTask(Task):
             if targets.is_floating_point():
                 own = targets.movedim(self.class_dim, -1) @ w
             else:
-                own = w[targets.clamp(min=0)]
+                # The ignored index may be no class, on either side of them.
+                own = (
+                    w[torch.where(targets == self.ignored, 0, targets)]
+                    if (self.ignored is not None)
+                    else w[targets]
+                )
             omega = own if not epsilon else (1 - epsilon) * own + epsilon * w.mean()
         if self.ignored is not None:
             counts = targets != self.ignored

@@ -56,6 +56,10 @@ CASES = {
         Tokens(ignore_index=0, class_weights=W), normal(3, 2, 4),
         some_ignored(integers(3, 3, 2) + 1, 0),
     ),
+    "pixels weighted, ignored beyond the classes": (
+        Segmentation(ignore_index=255, class_weights=W), normal(2, 4, 2, 2),
+        some_ignored(integers(4, 2, 2, 2), 255),
+    ),
     "pixels": (
         Segmentation(ignore_index=255, label_smoothing=0.1), normal(2, 3, 2, 2),
         some_ignored(integers(3, 2, 2, 2), 255),
@@ -287,6 +291,11 @@ def test_outputs_that_do_not_fit_are_refused(name, shape, targets):
 def test_integer_outputs_are_refused():
     with pytest.raises(ModelError, match="type int64"):
         Classification().check_outputs(torch.zeros(2, 3).long(), torch.tensor([0, 1]), "net")
+
+
+@pytest.mark.parametrize("index", [-100, 255, 1])
+def test_the_ignored_index_is_no_class(index):
+    assert Segmentation(ignore_index=index).num_outputs(torch.tensor([[[0, index, 2]]])) == 3
 
 
 def test_class_weights_need_classes():
