@@ -8,7 +8,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,24 @@ from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.files import write_atomically
 from hesstrace_cli.paths import is_folder
-from hesstrace_cli.records import read_chosen, read_diverged, read_planned
+from hesstrace_cli.records import (
+    measure_of,
+    metrics_of,
+    read_chosen,
+    read_diverged,
+    read_planned,
+    task_name,
+)
 from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.resume import PLACE
 from hesstrace_cli.runs import RunFolder
+from hesstrace_cli.tasks import TASKS, Task
 
 SCHEMA = "hesstrace/comparison/1"
 MEASURES = (
     "test_accuracy", "test_loss", "train_loss", "generalization_gap", "calibration_error",
     "trace", "input_jacobian", "top_eigenvalue",
 )  # fmt: skip
-HIGHER_IS_BETTER = {"test_accuracy": True, "test_loss": False, "calibration_error": False}
-"""The measures that have a winner."""
 
 LEVEL = 0.05
 Summary = Mapping[str, Any]
@@ -132,6 +138,9 @@ def check_comparable(runs: Sequence[Summary]) -> None:
     shared: dict[Any, tuple[str, Any]] = {}
     for run in runs:
         config = _settings(Path(run["folder"]))
+        if "test_loss" in run:  # auto may have taken another where the data has changed
+            task = {"task": task_name(run)}
+            _check_same(shared, (run["dataset"], run["model"], "task"), run["folder"], task)
         own: dict[str, Any] = {}
         common: dict[str, Any] = {}
         for item in dataclasses.fields(TrainConfig):
@@ -200,13 +209,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def measure(summary: Summary, name: str) -> float | None:
-    """One measure of a finished run; None where it was not taken."""
+    """One measure or metric of a finished run; None where it was not taken."""
     if name == "trace":
         trace = summary["trace"]["trace"]
         return None if trace is None else float(trace)
     if name == "generalization_gap":
         return float(summary["test_loss"] - summary["train_loss"])
-    value = summary.get(name)
+    value = summary[name] if name in summary else metrics_of(summary).get(name)
     return None if value is None else float(value)
 
 
@@ -261,6 +270,9 @@ def _group(
     """The rows of one data set and model: their differences are paired by seed."""
     names = list(dict.fromkeys(s["regularizers"] for s in members))
     finished = [s for s in members if "test_loss" in s]
+    task = _task_of(finished)
+    metrics = dict(task.higher_is_better) if task is not None else {}
+    measures = {*MEASURES, *map(measure_of, metrics)}
     values: dict[tuple[str, str], dict[int, float]] = {
         (name, m): {
             s["seed"]: value
@@ -268,7 +280,7 @@ def _group(
             if s["regularizers"] == name and (value := measure(s, m)) is not None
         }
         for name in names
-        for m in MEASURES
+        for m in measures
     }
     rows = []
     for name in names:
@@ -279,48 +291,74 @@ def _group(
             "regularizer": name,
             "dataset": dataset,
             "model": model,
+            "task": None if task is None else task.name,
+            "selection": None if task is None else task.selection.as_dict(),
             "num_seeds": len(own),
             "num_diverged": num_runs - num_unfinished - len(own),
             "num_unfinished": num_unfinished,
             "num_collapsed": sum(bool(s.get("collapsed")) for s in own),
         }
         row |= {m: describe(list(values[name, m].values())) for m in MEASURES}
+        row["metrics"] = {m: describe(list(values[name, measure_of(m)].values())) for m in metrics}
         errors = [s["trace"]["stderr"] for s in own]
         row["trace"]["stderr"] = (
             None if not own or None in errors
             else math.sqrt(sum(e**2 for e in errors)) / len(own)
         )  # fmt: skip
         compared = "none" in names and name != "none"
-        row["difference_to_none"] = (
-            {m: paired_difference(values[name, m], values["none", m]) for m in MEASURES}
-            if compared
-            else None
-        )
+        row["difference_to_none"] = None
+        if compared:
+            to_none = {m: paired_difference(values[name, m], values["none", m]) for m in measures}
+            row["difference_to_none"] = {m: to_none[m] for m in MEASURES} | {
+                "metrics": {m: to_none[measure_of(m)] for m in metrics}
+            }
         row["step_cost"] = 1.0 if name == "none" and step_cost else step_cost.get(name)
         row["wins"] = []
         row["runs"] = [s["folder"] for s in own]
         rows.append(row)
-    _correct(rows)
-    _name_winners(rows, values)
+    _correct(rows, metrics)
+    better = {measure_of(m): higher for m, higher in metrics.items()}
+    _name_winners(rows, values, {"test_loss": False, **better})
     return rows
 
 
-def _correct(rows: Sequence[dict[str, Any]]) -> None:
+def _task_of(finished: Sequence[Summary]) -> Task | None:
+    """The task of all of these runs; None where there is none.
+
+    Raises:
+        ConfigError: If they are of several.
+    """
+    names = {task_name(s): s["folder"] for s in finished}
+    if len(names) > 1:
+        runs = " and ".join(f"{folder!r} of {name}" for name, folder in names.items())
+        raise ConfigError(f"runs of different tasks are no table: {runs}. Tabulate them apart")
+    return TASKS[next(iter(names))]() if names else None
+
+
+def _correct(rows: Sequence[dict[str, Any]], metrics: Iterable[str]) -> None:
     """Add Holm's correction over the rows to each measure's p-value."""
     compared = [row["difference_to_none"] for row in rows if row["difference_to_none"]]
-    for m in MEASURES:
-        corrected = holm([difference[m]["p_value"] for difference in compared])
-        for difference, p in zip(compared, corrected, strict=True):
-            difference[m]["p_holm"] = p
+    for of in [*([d[m] for d in compared] for m in MEASURES),
+               *([d["metrics"][m] for d in compared] for m in metrics)]:  # fmt: skip
+        corrected = holm([difference["p_value"] for difference in of])
+        for difference, p in zip(of, corrected, strict=True):
+            difference["p_holm"] = p
 
 
 def _name_winners(
-    rows: Sequence[dict[str, Any]], values: Mapping[tuple[str, str], Mapping[int, float]]
+    rows: Sequence[dict[str, Any]],
+    values: Mapping[tuple[str, str], Mapping[int, float]],
+    higher_is_better: Mapping[str, bool],
 ) -> None:
     """Note, for each measure, the best row where it differs from every other one."""
-    for m, higher in HIGHER_IS_BETTER.items():
-        ranked = [row for row in rows if row[m]["mean"] is not None]
-        ranked.sort(key=lambda row: row[m]["mean"], reverse=higher)
+    for m, higher in higher_is_better.items():
+        means = {
+            row["regularizer"]: statistics.fmean(own)
+            for row in rows
+            if (own := values[row["regularizer"], m].values())
+        }
+        ranked = [row for row in rows if row["regularizer"] in means]
+        ranked.sort(key=lambda row: means[row["regularizer"]], reverse=higher)
         if len(ranked) < 2:
             continue
         best, *others = ranked
@@ -339,13 +377,18 @@ def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     plain = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
-    head = [f"{m}_{part}" for m in MEASURES for part in ("mean", "std")]
-    counts = ("num_unfinished", "num_collapsed")
-    writer.writerow([*plain, *head, *counts])
-    for row in comparison["rows"]:
-        cells = [row[m][part] for m in MEASURES for part in ("mean", "std")]
+    parts = ("mean", "std")
+    head = [f"{m}_{part}" for m in MEASURES for part in parts]
+    last = ("num_unfinished", "num_collapsed", "task")
+    rows = comparison["rows"]
+    metrics = [m for m in dict.fromkeys(m for row in rows for m in row["metrics"])
+               if measure_of(m) not in MEASURES]  # fmt: skip
+    writer.writerow([*plain, *head, *last, *(f"{m}_{part}" for m in metrics for part in parts)])
+    for row in rows:
+        cells = [row[m][part] for m in MEASURES for part in parts]
         names = [for_csv(x) if isinstance(x := row[name], str) else x for name in plain]
-        writer.writerow([*names, *cells, *(row[name] for name in counts)])
+        own = [row["metrics"].get(m, {}).get(part) for m in metrics for part in parts]
+        writer.writerow([*names, *cells, *(row[name] for name in last), *own])
     write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
     write_atomically(folder / "results.csv", table.getvalue())
     write_atomically(folder / "results.md", markdown)

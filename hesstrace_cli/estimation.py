@@ -25,9 +25,9 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
 from hesstrace_cli.curvature.trace import Stop, TraceEstimate, estimate_trace
 from hesstrace_cli.curvature.xtrace import xtrace
-from hesstrace_cli.data import Split
+from hesstrace_cli.data import DataSet, Split
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
-from hesstrace_cli.evaluation import collapse_of, evaluate, finite, generalization_report
+from hesstrace_cli.evaluation import collapse_of, evaluate, generalization_report
 from hesstrace_cli.loading import describe, load_checkpoint, select_device
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
@@ -257,8 +257,10 @@ def trace_record(
         "accuracy": found.accuracy,
         "collapsed": collapse_of(found, split),
         "task": split.task.name,
+        "selection": split.task.selection.as_dict(),
+        "loss_name": split.task.described_loss(),
         "num_terms": split.num_terms,
-        "metrics": {name: finite(value) for name, value in found.metrics.items()},
+        "metrics": found.finite_metrics(),
     }
     if config.per_layer or config.plot is not None:
         record["per_layer"] = [
@@ -293,16 +295,16 @@ def estimate_checkpoint(
     path: str,
     config: EstimateConfig,
     on_pass: OnPass | None = None,
-    on_loaded: Callable[[], None] = lambda: None,
+    on_loaded: Callable[[DataSet], None] = lambda _: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The trace record of one checkpoint, and warnings; `on_loaded` is told when it is read.
+    """The trace record of one checkpoint, and warnings; `on_loaded` gets its data at once.
 
     Raises:
         HesstraceError: As `load_checkpoint` and `trace_record`.
     """
     ranks = join(select_device(config.device))
     loaded = ranks.together(lambda: load_checkpoint(path, config))
-    on_loaded()
+    on_loaded(loaded.data)
     record = trace_record(
         loaded.model, loaded.split, config, on_pass, population=loaded.population, ranks=ranks
     )

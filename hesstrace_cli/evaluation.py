@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.data import DataSet, Split
 from hesstrace_cli.randomness import stream_generator
+from hesstrace_cli.tasks import SoftmaxTask
 
 MOST_COLUMNS = 32
 
@@ -35,6 +37,10 @@ class Evaluation:
     def accuracy(self) -> float | None:
         """None where the task has no such thing."""
         return self.metrics.get("accuracy")
+
+    def finite_metrics(self) -> dict[str, float | None]:
+        """The metrics for a record: null where one is infinite or none."""
+        return {name: finite(value) for name, value in self.metrics.items()}
 
 
 @torch.no_grad()
@@ -69,24 +75,33 @@ def collapse_of(found: Evaluation, split: Split) -> str | None:
     """`collapse` of an evaluation; nothing is said where examples have no class each."""
     if split.task.name != "classification" or split.targets.is_floating_point():
         return None
-    return collapse(found.loss, found.metrics["accuracy"], split.targets)
+    weights = split.task.class_weights if isinstance(split.task, SoftmaxTask) else None
+    return collapse(found.loss, found.metrics["accuracy"], split.targets, weights)
 
 
-def collapse(loss: float, accuracy: float, labels: Tensor) -> str | None:
+def collapse(
+    loss: float, accuracy: float, labels: Tensor, weights: Sequence[float] | None = None
+) -> str | None:
     """Whether a network tells no more than nothing of these examples, and by what; None if not.
 
     Whoever names every class with its share of the examples, whatever the input, has a loss of the
-    shares' entropy, the least that is possible so, and at most the largest share as accuracy.
+    shares' entropy, the least that is possible so, and at most the largest share as accuracy. With
+    class weights the shares are those of the weights' sum, by which the losses are multiplied.
 
     Args:
         loss: The mean cross-entropy on the examples.
         accuracy: On them.
         labels: Theirs.
+        weights: Of the classes in the loss; None weighs all alike.
     """
-    counts = labels.cpu().unique(return_counts=True)[1].double()
-    shares = counts / counts.sum()
-    largest, entropy = shares.max().item(), -(shares * shares.log()).sum().item()
-    guess = math.log(max(2, len(counts)))
+    classes, counts = labels.cpu().unique(return_counts=True)
+    shares = counts.double() / len(labels)
+    largest = shares.max().item()
+    if weights is not None:
+        shares = shares * torch.tensor(weights, dtype=torch.float64)[classes]
+    whole = shares.sum().item()
+    entropy = torch.special.entr(shares).sum().item() + math.log(max(whole, 1e-300)) * whole
+    guess = whole * math.log(max(2, len(counts)))
     if loss > _FAR * guess:
         return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
     noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
@@ -150,7 +165,7 @@ def _squared_norms(model: nn.Module, X: Tensor, generator: Generator) -> Tensor:
 def generalization_report(
     model: nn.Module, data: DataSet, split: Split, batch_size: int, trace: float
 ) -> dict[str, Any]:
-    """Losses on both splits, their gap, the input Jacobian and the trace.
+    """Losses and metrics on both splits, their gaps, the input Jacobian and the trace.
 
     Args:
         model: The network.
@@ -165,14 +180,14 @@ def generalization_report(
     if train.accuracy is not None and test.accuracy is not None:
         gap = train.accuracy - test.accuracy
     return {
-        "train_loss": train.loss,
-        "test_loss": test.loss,
-        "generalization_gap": test.loss - train.loss,
+        "train_loss": finite(train.loss),
+        "test_loss": finite(test.loss),
+        "generalization_gap": finite(test.loss - train.loss),
         "train_accuracy": train.accuracy,
         "test_accuracy": test.accuracy,
         "accuracy_gap": gap,
-        "train_metrics": train.metrics,
-        "metrics": test.metrics,
+        "train_metrics": train.finite_metrics(),
+        "metrics": test.finite_metrics(),
         "input_jacobian": None if jacobian is None else finite(jacobian.value),
         "input_jacobian_stderr": None if jacobian is None else finite(jacobian.stderr),
         "trace": trace,

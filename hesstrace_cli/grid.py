@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import statistics
@@ -19,8 +20,9 @@ from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.locks import FolderLock
-from hesstrace_cli.records import read_diverged
+from hesstrace_cli.records import read_diverged, selected, task_name
 from hesstrace_cli.runs import RunFolder, default_folder
+from hesstrace_cli.tasks import TASKS
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
@@ -183,10 +185,10 @@ def results(runs: Sequence[PlannedRun]) -> Found:
 
 
 def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """For every row of the table the runs of the strength with the best validation accuracy.
+    """For every row of the table the runs of the strength that is best on validation.
 
-    The mean over the seeds decides; of equal ones the first listed. A strength that diverged
-    with any seed is not chosen while another did not.
+    The mean over the seeds of what the task picks by decides; of equal ones the first listed. A
+    strength that diverged with any seed is not chosen while another did not.
     """
     cells: dict[tuple[str, str, int], dict[str, list[PlannedRun]]] = {}
     for run in runs:
@@ -223,11 +225,28 @@ def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
         (folder / CHOSEN).unlink(missing_ok=True)
 
 
+def chosen_by(runs: Iterable[PlannedRun]) -> list[str]:
+    """What the strengths of finished runs were chosen by, each metric once."""
+    found = (run.folder.summary() for run in runs)
+    return list(dict.fromkeys(TASKS[task_name(s)].selection.metric for s in found if s is not None))
+
+
 def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:
-    runs = list(runs)
-    summaries = [run.folder.summary() for run in runs]
-    accuracies = [s["val_accuracy"] for s in summaries if s is not None and s["val_accuracy"]]
-    return len(accuracies) == len(runs), statistics.fmean(accuracies) if accuracies else 0.0
+    """Whether every run has one, and the mean of those that have; the larger the better."""
+    found = [_score(run) for run in runs]
+    scores = [score for score in found if score is not None]
+    return len(scores) == len(found), statistics.fmean(scores) if scores else -math.inf
+
+
+def _score(run: PlannedRun) -> float | None:
+    summary = run.folder.summary()
+    if summary is None:
+        return None
+    selection = TASKS[task_name(summary)].selection
+    value = selected(summary, "val", selection.metric)
+    if value is None:
+        return None
+    return value if selection.higher_is_better else -value
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.config import LARGEST, shortened
+from hesstrace_cli.config import LARGEST, TASK_NAMES, shortened
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.paths import is_file, is_there
 
@@ -36,6 +36,7 @@ _TEXT = _kind("a text", lambda value: isinstance(value, str))
 _NUMBER = _kind("a number", _is_number)
 _MAYBE = _kind("a number or null", lambda value: value is None or _is_number(value))
 _POSITIVE = _kind("a number above 0", lambda value: _is_number(value) and value > 0)
+_TRUTH = _kind("true or false", lambda value: isinstance(value, bool))
 _WHOLE = _kind("a whole number", lambda value: type(value) is int and 0 <= value <= LARGEST)
 
 
@@ -80,19 +81,27 @@ def _or_null(check: Check) -> Check:
 _PLACE = {"dataset": _TEXT, "model": _TEXT, "regularizers": _TEXT, "seed": _WHOLE}
 _LAYER = _record({"name": _TEXT, "num_parameters": _WHOLE, "trace": _NUMBER, "stderr": _MAYBE})
 _TRACE = _record({"trace": _MAYBE, "stderr": _MAYBE, "per_layer": _list_of(_LAYER)})
+_TASK = _kind(f"one of {', '.join(TASK_NAMES)}", lambda value: value in TASK_NAMES)
+_SELECTION = _record({"metric": _TEXT, "higher_is_better": _TRUTH})
+_METRICS = _mapping_of(_MAYBE)
 _SUMMARY = _record(
     {
-        **_PLACE, "epochs": _WHOLE, "train_loss": _NUMBER, "train_accuracy": _NUMBER,
-        "val_accuracy": _MAYBE, "test_loss": _NUMBER, "test_accuracy": _NUMBER, "trace": _TRACE,
+        **_PLACE, "epochs": _WHOLE, "train_loss": _NUMBER, "train_accuracy": _MAYBE,
+        "val_accuracy": _MAYBE, "test_loss": _NUMBER, "test_accuracy": _MAYBE, "trace": _TRACE,
         "seconds": _NUMBER,
     },
     {
+        "task": _TASK, "selection": _SELECTION, "num_terms": _WHOLE, "metrics": _METRICS,
+        "train_metrics": _METRICS, "val_metrics": _or_null(_METRICS), "val_loss": _MAYBE,
         "calibration_error": _MAYBE, "input_jacobian": _MAYBE, "top_eigenvalue": _MAYBE,
         "trace_penalty": _or_null(_record({"curvature": _TEXT, "reason": _TEXT})),
     },
 )  # fmt: skip
 _DIVERGED = _record(_PLACE, {"reason": _TEXT})
-_EPOCH = _record({"epoch": _WHOLE, "train_loss": _MAYBE}, {"val_accuracy": _MAYBE})
+_EPOCH = _record(
+    {"epoch": _WHOLE, "train_loss": _MAYBE},
+    {"val_accuracy": _MAYBE, "val_loss": _MAYBE, "val_metrics": _or_null(_METRICS)},
+)
 
 
 def read_summary(file: Path) -> dict[str, Any] | None:
@@ -107,6 +116,45 @@ def read_summary(file: Path) -> dict[str, Any] | None:
     if isinstance(summary, dict) and summary.get("schema") not in (None, RUN_SCHEMA):
         return None
     return _checked(summary, _SUMMARY, file, "remove it and --resume the run")
+
+
+def task_name(record: Mapping[str, Any]) -> str:
+    """The task of a summary or trace; those written before there were others are classifiers'."""
+    return str(record.get("task", "classification"))
+
+
+def selection_metric(record: Mapping[str, Any]) -> str:
+    """The metric that the record's task picks by, or "loss"."""
+    return str(record["selection"]["metric"]) if "selection" in record else "accuracy"
+
+
+def metrics_of(summary: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """The metrics on the test examples, by name."""
+    if "metrics" in summary:
+        return dict(summary["metrics"])
+    old = {"accuracy": "test_accuracy", "calibration_error": "calibration_error"}
+    return {name: summary.get(key) for name, key in old.items()}
+
+
+def measure_of(metric: str) -> str:
+    """The name of a metric on the test examples among the measures of a comparison's rows."""
+    return "test_accuracy" if metric == "accuracy" else metric
+
+
+def selected(record: Mapping[str, Any], split: str, metric: str) -> float | None:
+    """What is picked by, of a summary or an epoch; None where it was not taken.
+
+    Args:
+        record: With losses and metrics.
+        split: "val" or "test".
+        metric: A metric's name, or "loss".
+    """
+    if metric == "loss":
+        return record.get(f"{split}_loss")
+    if split == "test":
+        return metrics_of(record).get(metric)
+    own = record.get("val_metrics")
+    return record.get(f"val_{metric}") if own is None else own.get(metric)
 
 
 def read_diverged(file: Path) -> dict[str, Any]:

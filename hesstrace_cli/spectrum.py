@@ -24,6 +24,7 @@ from hesstrace_cli.curvature.objective import draws_random_numbers
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
+from hesstrace_cli.data import DataSet
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.estimation import data_loss, versions
 from hesstrace_cli.evaluation import evaluate, finite
@@ -40,11 +41,11 @@ _BULK = 0.99  # share of the eigenvalues that count as the bulk
 
 @full_precision()
 def spectrum_of_checkpoint(
-    path: str, config: SpectrumConfig, on_loaded: Callable[[], None] = lambda: None
+    path: str, config: SpectrumConfig, on_loaded: Callable[[DataSet], None] = lambda _: None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The spectrum record of one checkpoint, and warnings; `on_loaded` is told when it is read.
+    """The spectrum record of one checkpoint, and warnings; `on_loaded` gets its data at once.
 
-    H or G is that of the mean cross-entropy over the chosen examples, all trainable parameters,
+    H or G is that of the task's mean loss over the chosen examples, all trainable parameters,
     in eval mode.
 
     Raises:
@@ -53,7 +54,7 @@ def spectrum_of_checkpoint(
     """
     begin = time.monotonic()
     loaded = load_checkpoint(path, config)
-    on_loaded()
+    on_loaded(loaded.data)
     model, split = loaded.model.eval(), loaded.split
     if draws_random_numbers(model, next(split.batches(2))[0]):
         raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")
@@ -80,8 +81,10 @@ def spectrum_of_checkpoint(
         "loss": found.loss,
         "accuracy": found.accuracy,
         "task": split.task.name,
+        "selection": split.task.selection.as_dict(),
+        "loss_name": split.task.described_loss(),
         "num_terms": split.num_terms,
-        "metrics": {name: finite(value) for name, value in found.metrics.items()},
+        "metrics": found.finite_metrics(),
         "split": config.split,
         "dtype": config.dtype,
         "device": str(like.device),
@@ -148,9 +151,9 @@ def _flatness(data: DataLoss, config: SpectrumConfig) -> dict[str, Any]:
         average = average_sharpness(landscape, num_directions=config.num_directions, **shared)
         worst = worst_sharpness(landscape, steps=_ASCENT_STEPS, **shared)
         flatness[name] = {
-            "average": _finite(average.value),
-            "average_stderr": _finite(average.stderr),
-            "worst": _finite(worst),
+            "average": finite(average.value),
+            "average_stderr": finite(average.stderr),
+            "worst": finite(worst),
         }
     return {"flatness": flatness, "slice": _slice(landscape, device, config)}
 
@@ -168,13 +171,8 @@ def _slice(
     half = config.slice_points // 2  # the checkpoint itself is the middle one
     grid = [config.slice_radius * i / half for i in range(-half, half + 1)]
     rows = slice_losses(landscape, directions, grid)
-    losses = [[_finite(x) for x in r] if isinstance(r, list) else _finite(r) for r in rows]
+    losses = [[finite(x) for x in r] if isinstance(r, list) else finite(r) for r in rows]
     return {"dimensions": config.slice, "grid": grid, "losses": losses}
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows no other numbers."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _stability(
@@ -200,7 +198,7 @@ def _stability(
         weight_decay=weight_decay,
         nesterov=nesterov,
     )
-    finite = {k: _finite(v) if isinstance(v, float) else v for k, v in report.items()}
+    numbers = {k: finite(v) if isinstance(v, float) else v for k, v in report.items()}
     matrix = "Hessian" if config.curvature == "hessian" else "Gauss-Newton matrix"
     own = config.lr is None and run.get("schedule", "constant") != "constant"
-    return {**finite, "sentence": sentence(report, matrix, "the run's initial" if own else "a")}
+    return {**numbers, "sentence": sentence(report, matrix, "the run's initial" if own else "a")}

@@ -1,9 +1,8 @@
-"""What a finished run is judged by: losses, accuracies, the trace and what stands beside it."""
+"""What a finished run is judged by: losses, metrics, the trace and what stands beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +51,26 @@ def summarize(
         "model": config.model,
         "seed": config.seed,
         "epochs": config.epochs,
-        "task": data.train.task.name,
+        "task": data.task.name,
+        "selection": data.task.selection.as_dict(),
         "num_terms": data.train.num_terms,
         "train_loss": train.loss,
         "train_accuracy": train.accuracy,
         "collapsed": collapse_of(train, data.train),
+        "val_loss": None if val is None else finite(val.loss),
         "val_accuracy": None if val is None else val.accuracy,
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "calibration_error": test.metrics.get("calibration_error"),
-        "metrics": _finite(test.metrics),
-        "train_metrics": _finite(train.metrics),
-        "val_metrics": None if val is None else _finite(val.metrics),
+        "metrics": test.finite_metrics(),
+        "train_metrics": train.finite_metrics(),
+        "val_metrics": None if val is None else val.finite_metrics(),
         "trace": _trace(model, some, len(data.train), config, checkpoint),
         "input_jacobian": None if jacobian is None else finite(jacobian.value),
         "top_eigenvalue": _top_eigenvalue(model, some, batch_size, config.seed)
         if config.top_eigenvalue
         else None,
     }
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in metrics.items()}
 
 
 def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float | None:

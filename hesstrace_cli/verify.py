@@ -74,6 +74,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": config.model,
         "dataset": data.name,
+        "task": data.task.name,
+        "task_note": data.task_note,
         "right": good,
         "rows": [dataclasses.asdict(row) for row in rows],
         "dtype": "float32" if any(row.check.endswith(_PRECISION) for row in rows) else "float64",

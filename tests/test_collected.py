@@ -17,6 +17,7 @@ from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.evaluation import collapse
 from hesstrace_cli.reporting import tables
 from hesstrace_cli.resume import PLACE
+from hesstrace_cli.tasks import Classification
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 
@@ -36,7 +37,8 @@ def another(item):
         "estimator": "hutchinson", "dropout_scheme": "entry", "curvature": "ggn", "init": "x.pt",
         "mean": [0.5], "std": [0.5], "model": "mlp", "dataset": "mnist", "model_arg": {"width": 4},
         "device": "cuda", "data_dir": "d", "num_classes": 12, "image_size": 9, "train_examples": 50,
-        "keep_prob": 0.25, "momentum": 0.5,
+        "keep_prob": 0.25, "momentum": 0.5, "task": "multilabel", "class_weights": "balanced",
+        "ignore_index": 255,
     }  # fmt: skip
     if item.name in known:
         return known[item.name]
@@ -130,13 +132,17 @@ def test_collapse_is_told_from_learning():
     assert collapse(0.0, 1.0, torch.zeros(9)) is None  # one class: nothing to learn
 
 
-def test_a_constant_network_of_any_bias_has_collapsed():
+@pytest.mark.parametrize("weights", [None, (1.0, 5.0, 0.2, 2.0, 0.0)])
+def test_a_constant_network_of_any_bias_has_collapsed(weights):
     labels = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0))
     for seed in range(20):
         bias = torch.randn(5, generator=torch.Generator().manual_seed(seed)).expand(300, 5)
-        loss = torch.nn.functional.cross_entropy(bias, labels).item()
+        loss = Classification(class_weights=weights).loss(bias, labels).item()
         accuracy = (bias.argmax(1) == labels).double().mean().item()
-        assert collapse(loss, accuracy, labels) is not None
+        largest = labels.bincount().max().item() / len(labels)
+        assert accuracy <= largest
+        assert collapse(loss, accuracy, labels, weights) is not None
+        assert collapse(loss / 3, accuracy, labels, weights) is None
 
 
 def test_collapsed_networks_are_said_to_be_so(tmp_path):

@@ -48,7 +48,7 @@ def test_looks_are_distinct_and_grey_is_for_the_plain_network():
 
 def test_rows_of_each_plot(tmp_path):
     runs = summaries(tmp_path)
-    figures = [plots.plot_accuracy(runs), plots.plot_curves(runs), plots.plot_layers_by_row(runs)]
+    figures = [plots.plot_metric(runs), plots.plot_curves(runs), plots.plot_layers_by_row(runs)]
     for figure in figures:
         (legend,) = [a.get_legend() for a in figure.axes if a.get_legend() is not None]
         texts = [text.get_text() for text in legend.get_texts()]

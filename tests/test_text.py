@@ -168,7 +168,7 @@ def test_plots_draw_hostile_names(tmp_path):
     """No mathematics, no markup, no name left out of a legend; any character can be drawn."""
     names = [name for name in hostile_texts(8) if name.strip()]
     figures = [
-        plots.plot_accuracy([summary(n, regularizers=n, dataset="d", model="m") for n in names]),
+        plots.plot_metric([summary(n, regularizers=n, dataset="d", model="m") for n in names]),
         plots.plot_layers_by_row([summary("$x", regularizers=n) for n in names[:4]]),
         plots.plot_traces([record(n) for n in names[:5]]),
         plots.plot_traces([record(n, epoch=None) for n in names]),

@@ -35,7 +35,7 @@ def compare(
     flags: dict[str, Any],
     config: str | None,
 ) -> None:
-    """Train every regularizer with every seed and tabulate accuracy, loss and trace.
+    """Train every regularizer with every seed and tabulate metrics, loss and trace.
 
     Each --reg is a row; a second call runs only what is not finished. With folders, nothing is
     trained: the finished runs in them are tabulated.
@@ -121,13 +121,8 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     markdown += f"{tables.READING}\n"
     if out is not None:
         write(out, comparison, markdown)
-        for name, figure in (
-            ("accuracy-trace.png", plots.plot_accuracy(finished)),
-            ("curves.png", plots.plot_curves(finished)),
-            ("layers.png", plots.plot_layers_by_row(finished)),
-        ):
-            if figure is not None:
-                plots.save(figure, str(out / name))
+        for name, figure in plots.of_comparison(finished):
+            plots.save(figure, str(out / name))
         screen.say(f"results.json, results.csv, results.md and plots are in {out}")
     if found.diverged and not finished:
         raise NumericsError("every run diverged")
@@ -196,9 +191,12 @@ def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
 
 
 def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> None:
+    from hesstrace_cli.grid import chosen_by
+
     names = list(dict.fromkeys(run.regularizer for run in chosen))
     left = list(dict.fromkeys(run.regularizer for run in runs if run.regularizer not in names))
-    screen.say(f"chosen by validation accuracy: {'; '.join(names)}. Not: {'; '.join(left)}")
+    by = " and ".join(metric.replace("_", " ") for metric in chosen_by(runs)) or "metric"
+    screen.say(f"chosen by validation {by}: {'; '.join(names)}. Not: {'; '.join(left)}")
 
 
 def _read_costs(out: Path | None) -> dict[str, float]:

@@ -8,7 +8,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import Tell, check_places, records_of, write_json
+from hesstrace_cli.cli.output import Tell, check_places, once_loaded, records_of, write_json
 from hesstrace_cli.config import EstimateConfig, resolve
 from hesstrace_cli.reporting import plots, tables
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hesstrace_cli.curvature.statistics import Mean
 
 _DEFINITION = (
-    "tr({matrix}) of the mean cross-entropy over {n} examples ({split}), all {p} trainable "
+    "tr({matrix}) of the mean {loss} over {n} ({split}), all {p} trainable "
     "parameters, eval mode, no augmentation; inputs: {preprocessing}"
 )
 
@@ -36,13 +36,13 @@ def estimate_trace(
 
     with screen.doing("loading"):
         check_places(settings.json, settings.plot, [*checkpoints, config])
-    passes = _Passes()
+    passes, begun = _Passes(), once_loaded()
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
         from hesstrace_cli.estimation import estimate_checkpoint
 
         passes.begin(path, tell)
-        return estimate_checkpoint(path, settings, passes, lambda: tell("estimating"))
+        return estimate_checkpoint(path, settings, passes, lambda data: begun(data, tell))
 
     records, code = records_of(checkpoints, record_of, passes.so_far)
     if records and not screen.is_second():
@@ -113,9 +113,17 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
     screen.say(
         _DEFINITION.format(
             matrix="H" if first["curvature"] == "hessian" else "G",
-            n=first["num_examples"],
+            loss=first["loss_name"],
+            n=_examples(first),
             split=first["split"],
             p=first["num_parameters"],
             preprocessing=inputs,
         )
     )
+
+
+def _examples(record: dict[str, Any]) -> str:
+    """How many examples, and how many terms count of them where it is not one of each."""
+    examples, terms = record["num_examples"], record["num_terms"]
+    text = f"{examples} examples"
+    return text if terms == examples else f"the {terms} terms that count of {text}"

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.signals import number_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, LostProcess
 from hesstrace_cli.files import check_apart, check_writable, files_of, write_atomically
 from hesstrace_cli.reporting import plots
+
+if TYPE_CHECKING:
+    from hesstrace_cli.data import DataSet
 
 
 def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str | None]) -> None:
@@ -84,6 +87,20 @@ def records_of(
             screen.say(f"warning: {path}: {warning}")
         records.append(record)
     return records, code
+
+
+def once_loaded() -> Callable[[DataSet, Tell], None]:
+    """Called when a checkpoint's data is read: says what task was taken, and what is done now."""
+    said: set[str] = set()
+
+    def begun(data: DataSet, tell: Tell) -> None:
+        note = data.task_note
+        if note is not None and note not in said:
+            said.add(note)
+            screen.say(note)
+        tell("estimating")
+
+    return begun
 
 
 def _of(place: str, now: Tell) -> Tell:

@@ -8,7 +8,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import Tell, check_places, records_of, write_json
+from hesstrace_cli.cli.output import Tell, check_places, once_loaded, records_of, write_json
 from hesstrace_cli.config import SpectrumConfig, resolve
 from hesstrace_cli.reporting import plots, spectra, tables
 
@@ -31,11 +31,12 @@ def spectrum(
 
     with screen.doing("loading"):
         check_places(settings.json, settings.plot, [*checkpoints, config])
+    begun = once_loaded()
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
         from hesstrace_cli.spectrum import spectrum_of_checkpoint
 
-        return spectrum_of_checkpoint(path, settings, lambda: tell("estimating"))
+        return spectrum_of_checkpoint(path, settings, lambda data: begun(data, tell))
 
     records, code = records_of(checkpoints, record_of)
     if records:

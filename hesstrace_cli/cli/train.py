@@ -11,6 +11,7 @@ from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name
 from hesstrace_cli.errors import Stopped
 from hesstrace_cli.paths import is_file
+from hesstrace_cli.records import selected
 from hesstrace_cli.reporting import tables
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _TRACE_FLAGS = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every
 
 @with_options(TrainConfig)
 def train(*, flags: dict[str, Any], config: str | None) -> None:
-    """Train a classifier, with a penalty on the trace of the loss Hessian or without.
+    """Train a network, with a penalty on the trace of the loss Hessian or without.
 
     Example: hesstrace train --reg trace --lambda 0.01
     """
@@ -34,6 +35,8 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         from hesstrace_cli.training import Run
 
         run = Run(settings)
+    if run.data.task_note is not None:
+        screen.say(run.data.task_note)
     if run.finished:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())
@@ -80,13 +83,13 @@ def _stored(flags: dict[str, Any]) -> str | None:
 
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:
     """Train to the end and show where it is: a line an epoch, on a terminal above a bar."""
-    epochs = run.config.epochs
+    epochs, metric = run.config.epochs, run.data.task.selection.metric
     with StopRequest() as stop, screen.progress_bar(run.total_steps) as move:
         for progress in run.advance(stop):
             if move is not None:
                 move(f"epoch {progress.epoch}/{epochs} {label}", run.step)
             if progress.record is not None:
-                line = _epoch_line(progress.record, epochs)
+                line = _epoch_line(progress.record, epochs, metric)
                 screen.say(f"{label}: {line}" if move is None else line)
                 report_negative(progress.record)
                 report_skipped(progress.record)
@@ -102,10 +105,11 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
         ) from stop
 
 
-def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+def _epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
     line = f"epoch {record['epoch']}/{epochs} loss {record['train_loss']:.4f}"
-    if "val_accuracy" in record:
-        line += f" val accuracy {record['val_accuracy']:.4f}"
+    value = selected(record, "val", metric)
+    if value is not None:
+        line += f" val {metric.replace('_', ' ')} {value:.4f}"
     if record["penalty_trace"] is not None:
         line += f" penalised trace {record['penalty_trace']:.4g}"
     return line

@@ -35,6 +35,8 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
         from hesstrace_cli.verify import verify as run
 
         record = run(settings)
+    if record["task_note"] is not None:
+        screen.say(record["task_note"])
     if not write_json(record, settings.json):
         rows = record["rows"]
         screen.show(tables.verdict_table(settings.model, record))

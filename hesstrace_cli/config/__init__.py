@@ -1,6 +1,7 @@
 """The settings of every command, by flags and YAML. Nothing here imports torch."""
 
 from hesstrace_cli.config.commands import (
+    TASK_NAMES,
     CheckpointConfig,
     CompareConfig,
     DataConfig,
@@ -16,8 +17,8 @@ from hesstrace_cli.config.rows import REGULARIZERS, parse_row, row_name
 from hesstrace_cli.config.yaml_text import shortened
 
 __all__ = [
-    "LARGEST", "LARGEST_SHIFT", "REGULARIZERS", "SMALLEST_SCALE", "CheckpointConfig",
-    "CompareConfig", "DataConfig", "EstimateConfig", "SpectrumConfig", "TrainConfig",
-    "VerifyConfig", "did_you_mean", "key_of", "likely", "parse_row", "read_yaml", "resolve",
-    "row_name", "shortened", "to_yaml",
+    "LARGEST", "LARGEST_SHIFT", "REGULARIZERS", "SMALLEST_SCALE", "TASK_NAMES",
+    "CheckpointConfig", "CompareConfig", "DataConfig", "EstimateConfig", "SpectrumConfig",
+    "TrainConfig", "VerifyConfig", "did_you_mean", "key_of", "likely", "parse_row", "read_yaml",
+    "resolve", "row_name", "shortened", "to_yaml",
 ]  # fmt: skip

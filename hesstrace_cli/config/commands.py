@@ -259,7 +259,8 @@ class CompareConfig(TrainConfig):
     seeds: list[int] = option([0, 1, 2], "seeds, 0,1,2", panel="Comparison", minimum=0)
     tune: list[str] = option(
         [],
-        "strengths to choose from by validation accuracy, for rows with NAME and no strength; "
+        "strengths to choose from by the task's metric on validation (accuracy, perplexity, ...), "
+        "for rows with NAME and no strength; "
         "as many for each NAME",
         panel="Comparison",
         metavar="NAME=S1:S2:...",

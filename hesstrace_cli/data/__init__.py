@@ -30,6 +30,7 @@ from hesstrace_cli.tasks import Task, task_of
 __all__ = ["DataSet", "Split", "is_data_plugin", "load_data", "stratified_order"]
 
 _HELD = 1 << 29  # bytes of image files that are kept decoded, on the device
+_AUTO = "auto: "  # begins the reason of a task that was not named
 _SUBSET_SEED = 0  # of subsets and validation splits: the same for every --seed
 
 
@@ -62,6 +63,14 @@ class DataSet:
     def task(self) -> Task:
         """What it is for."""
         return self.train.task
+
+    @property
+    def task_note(self) -> str | None:
+        """What `--task auto` took and why; None for class numbers, or where a task was named."""
+        usual = self.task.name == "classification" and not self.train.targets.is_floating_point()
+        if usual or not self.task_reason.startswith(_AUTO):
+            return None
+        return f"--task auto takes {self.task.name}: {self.task_reason.removeprefix(_AUTO)}"
 
 
 def load_data(

@@ -39,6 +39,9 @@ class Events:
 
             self._writer = SummaryWriter(str(self._folder), purge_step=record["epoch"])
         for name, value in record.items():
-            if isinstance(value, float):
-                self._writer.add_scalar(name, value, record["epoch"])
+            of_name = value if isinstance(value, dict) else {"": value}
+            for part, figure in of_name.items():
+                if isinstance(figure, float):
+                    tag = f"{name}/{part}" if part else name
+                    self._writer.add_scalar(tag, figure, record["epoch"])
         self._writer.flush()

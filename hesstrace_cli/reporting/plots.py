@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.files import write_atomically
-from hesstrace_cli.records import read_epochs
+from hesstrace_cli.records import read_epochs, selected, selection_metric, task_name
 from hesstrace_cli.reporting.layout import shortened
 from hesstrace_cli.reporting.text import for_plot
 
@@ -180,26 +180,55 @@ def of_epochs(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_accuracy(summaries: Sequence[Record]) -> Figure:
-    """Test accuracy against the trace, a point a run, a colour a regularizer."""
-    summaries = [s for s in summaries if s["trace"]["trace"] is not None]
+def of_comparison(summaries: Sequence[Record]) -> list[tuple[str, Figure]]:
+    """The plots of a comparison with their files' names; tasks are not mixed in one."""
+    tasks: dict[str, list[Record]] = {}
+    for s in summaries:
+        tasks.setdefault(task_name(s), []).append(s)
+    found: list[tuple[str, Figure | None]] = []
+    for task, own in (tasks or {"": []}).items():
+        of_task = f"-{task}" if len(tasks) > 1 else ""
+        metric = selection_metric(own[0]) if own else "accuracy"
+        found.append((f"{metric.replace('_', '-')}-trace{of_task}.png", plot_metric(own)))
+        found.append((f"curves{of_task}.png", plot_curves(own)))
+    found.append(("layers.png", plot_layers_by_row(summaries)))
+    return [(name, figure) for name, figure in found if figure is not None]
+
+
+def plot_metric(summaries: Sequence[Record]) -> Figure | None:
+    """The test metric that the task picks by against the trace, a point a run; None without one.
+
+    Args:
+        summaries: Of runs of one task.
+    """
+    metric = selection_metric(summaries[0]) if summaries else "accuracy"
     figure, axes = _figure(6.4, 4.4)
+    drawn_traces: list[float] = []
     for name, look, own in _rows(summaries):
-        traces, accuracies = zip(
-            *((s["trace"]["trace"], s["test_accuracy"]) for s in own), strict=True
-        )
-        axes.scatter(
-            traces, accuracies, s=26, alpha=0.8, label=name, color=look.colour, marker=look.marker
-        )
-    if all(s["trace"]["trace"] > 0 for s in summaries):
+        points = [(x, y) for s in own if (x := s["trace"]["trace"]) is not None
+                  and (y := selected(s, "test", metric)) is not None]  # fmt: skip
+        if points:
+            traces, values = zip(*points, strict=True)
+            axes.scatter(
+                traces, values, s=26, alpha=0.8, label=name, color=look.colour, marker=look.marker
+            )
+            drawn_traces += traces
+    if not drawn_traces:
+        return None
+    if min(drawn_traces) > 0:
         axes.set_xscale("log")
-    axes.set(xlabel="tr(H), training data, eval mode", ylabel="test accuracy")
+    axes.set(xlabel="tr(H), training data, eval mode", ylabel=f"test {_spelled(metric)}")
     finish(axes)
     return figure
 
 
+def _spelled(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
 def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
     """The mean trace of every parameter tensor, a bar a regularizer; None for mixed models."""
+    summaries = [s for s in summaries if s["trace"]["per_layer"]]  # of the others it is not known
     rows = _rows(summaries)
     layers = [[layer["name"] for layer in s["trace"]["per_layer"]] for s in summaries]
     if not layers or any(names != layers[0] for names in layers) or len(layers[0]) > _MOST_BARS:
@@ -228,29 +257,66 @@ def plot_layers_by_row(summaries: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def plot_curves(summaries: Sequence[Record]) -> Figure:
-    """Training loss and validation accuracy by epoch: means, with the range over the seeds."""
-    figure, left = _figure(10.0, 3.8, (1, 2, 1))
-    right = figure.add_subplot(1, 2, 2)
-    for name, look, own in _rows(summaries):
-        for axes, key in ((left, "train_loss"), (right, "val_accuracy")):
-            curves = [c for c in (_curve(s["folder"], key) for s in own) if c]
-            if not curves:
-                continue
-            epochs = range(1, 1 + min(map(len, curves)))
-            columns = list(zip(*(c[: len(epochs)] for c in curves), strict=True))
-            means = [sum(c) / len(c) for c in columns]
-            axes.plot(epochs, means, label=name, lw=1.3, color=look.colour, linestyle=look.line)
-            axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns],
-                              color=look.colour, alpha=0.18, linewidth=0)  # fmt: skip
-    left.set(xlabel="epoch", ylabel="training loss, penalties left out", yscale="log")
-    right.set(xlabel="epoch", ylabel="validation accuracy")
-    of_epochs(left)
-    of_epochs(right)
-    left.grid(visible=True, linewidth=0.4, alpha=0.5)
-    finish(right)
+def plot_curves(summaries: Sequence[Record]) -> Figure | None:
+    """By epoch the training loss, and the validation metric that the task picks by.
+
+    Means, with the range over the seeds; a panel without any number is left out.
+
+    Args:
+        summaries: Of runs of one task.
+    """
+    metric = selection_metric(summaries[0]) if summaries else "accuracy"
+    rows = [(name, look, [read_epochs(Path(s["folder"]) / "metrics.jsonl") for s in own])
+            for name, look, own in _rows(summaries)]  # fmt: skip
+    panels = {
+        "training loss, penalties left out": _curves(rows, lambda epoch: epoch["train_loss"]),
+        f"validation {_spelled(metric)}": _curves(rows, lambda e: selected(e, "val", metric)),
+    }
+    shown = {label: lines for label, lines in panels.items() if lines}
+    if not shown:
+        return None
+    figure, first = _figure(5.0 * len(shown), 3.8, (1, len(shown), 1))
+    for number, (label, lines) in enumerate(shown.items(), start=1):
+        axes = first if number == 1 else figure.add_subplot(1, len(shown), number)
+        for name, look, curves in lines:
+            _draw_range(axes, name, look, curves)
+        axes.set(xlabel="epoch", ylabel=label)
+        if label.startswith("training") and _above_zero(lines):
+            axes.set_yscale("log")
+        of_epochs(axes)
+        axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    finish(axes)
     figure.tight_layout()
     return figure
+
+
+_Lines = list[tuple[str, "Look", list[list[float]]]]
+
+
+def _curves(
+    rows: Sequence[tuple[str, Look, Sequence[Sequence[Record]]]],
+    value: Callable[[Record], float | None],
+) -> _Lines:
+    """Name, look and the runs' curves of each row that has any."""
+    lines = []
+    for name, look, runs in rows:
+        curves = [[v for epoch in epochs if (v := value(epoch)) is not None] for epochs in runs]
+        if any(curves):
+            lines.append((name, look, [curve for curve in curves if curve]))
+    return lines
+
+
+def _draw_range(axes: Axes, name: str, look: Look, curves: Sequence[Sequence[float]]) -> None:
+    epochs = range(1, 1 + min(map(len, curves)))
+    columns = list(zip(*(curve[: len(epochs)] for curve in curves), strict=True))
+    means = [sum(c) / len(c) for c in columns]
+    axes.plot(epochs, means, label=name, lw=1.3, color=look.colour, linestyle=look.line)
+    axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns],
+                      color=look.colour, alpha=0.18, linewidth=0)  # fmt: skip
+
+
+def _above_zero(lines: _Lines) -> bool:
+    return all(v > 0 for _, _, curves in lines for curve in curves for v in curve)
 
 
 def _rows(summaries: Sequence[Record]) -> list[tuple[str, Look, list[Record]]]:
@@ -264,11 +330,6 @@ def _rows(summaries: Sequence[Record]) -> list[tuple[str, Look, list[Record]]]:
     by_name = looks(order)
     return [(name, by_name[row], rows[row])
             for row, name in zip(order, drawn_names(order), strict=True)]  # fmt: skip
-
-
-def _curve(folder: str, key: str) -> list[float]:
-    values = [epoch.get(key) for epoch in read_epochs(Path(folder) / "metrics.jsonl")]
-    return [value for value in values if value is not None]
 
 
 def finish(axes: Axes) -> None:

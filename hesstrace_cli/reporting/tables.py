@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hesstrace_cli.records import measure_of, metrics_of, selection_metric
 from hesstrace_cli.reporting.layout import Strong, Table, Words
 
 Rows = Sequence[Sequence[str]]
@@ -48,11 +49,11 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     trace, penalty = summary["trace"], summary["trace_penalty"]
     rows = [
         ["regularizers", Words(summary["regularizers"])],
-        *_metric_rows("test", summary["test_loss"], summary["metrics"]),
+        *_metric_rows("test", summary["test_loss"], metrics_of(summary)),
         *_metric_rows("train", summary["train_loss"], summary["train_metrics"]),
     ]
     if summary["val_metrics"] is not None:
-        rows += _metric_rows("validation", None, summary["val_metrics"])
+        rows += _metric_rows("validation", summary.get("val_loss"), summary["val_metrics"])
     if trace["trace"] is None:
         rows.append(["tr(H), training data, eval mode", Words(f"not known: {trace['reason']}")])
     else:
@@ -76,18 +77,26 @@ def _metric_rows(
     split: str, loss: float | None, metrics: Mapping[str, float | None]
 ) -> list[list[str]]:
     rows = [
-        [f"{split} {_title(name)}", share(value) if name == "accuracy" else number(value)]
+        [f"{split} {_title(name)}", _metric(name, value)]
         for name, value in metrics.items()
         if name not in _BESIDE
     ]
     return rows if loss is None else [*rows, [f"{split} loss", number(loss)]]
 
 
-TRACE_HEAD = ("checkpoint", "trace", "95 % interval", "loss", "accuracy", "method", "passes")
+def _metric(name: str, value: float | None) -> str:
+    return share(value) if name == "accuracy" else number(value)
+
+
+def _telling(record: Mapping[str, Any]) -> str:
+    """The metric that tells most of a trace's record beside the loss."""
+    metric = selection_metric(record)
+    return metric if metric in record["metrics"] else next(iter(record["metrics"]))
 
 
 def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a checkpoint."""
+    """A row a checkpoint, with a column for the metric of each task among them."""
+    metrics = list(dict.fromkeys(map(_telling, records)))
     rows = []
     for r in records:
         interval = "-" if r["ci95"] is None else f"[{number(r['ci95'][0])}, {number(r['ci95'][1])}]"
@@ -96,10 +105,12 @@ def trace_table(records: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([
             r["checkpoint"], _trace(r),
             "-" if r["stderr"] == 0 else interval, number(r["loss"]),
-            share(r["accuracy"]), r["method"], passes,
+            *(_metric(m, r["metrics"].get(m)) for m in metrics), r["method"], passes,
         ])  # fmt: skip
     title = "trace of the Hessian" if records[0]["curvature"] == "hessian" else "trace of G"
-    return Table(title, TRACE_HEAD, rows)
+    head = ("checkpoint", "trace", "95 % interval", "loss", *map(_title, metrics), "method",
+            "passes")  # fmt: skip
+    return Table(title, head, rows)
 
 
 def subset_note(record: Mapping[str, Any]) -> str | None:
@@ -147,12 +158,12 @@ def report_table(record: Mapping[str, Any]) -> Table:
     """The quantities that generalization bounds by flatness combine, of one checkpoint."""
     report, matrix = record["report"], "H" if record["curvature"] == "hessian" else "G"
     jacobian = with_error(report["input_jacobian"], report["input_jacobian_stderr"])
-    rows = [
-        [name, number(report[f"train_{key}"]), number(report[f"test_{key}"]), number(report[gap])]
-        for name, key, gap in (
-            ("loss", "loss", "generalization_gap"), ("accuracy", "accuracy", "accuracy_gap")
-        )
-    ]  # fmt: skip
+    rows = [["loss", number(report["train_loss"]), number(report["test_loss"]),
+             number(report["generalization_gap"])]]  # fmt: skip
+    for name, value in report["metrics"].items():
+        if name not in _BESIDE:
+            gap = number(report["accuracy_gap"]) if name == "accuracy" else "-"
+            rows.append([_title(name), number(report["train_metrics"][name]), number(value), gap])
     for name, value in ((f"tr({matrix})", _trace(record)),
                         ("input Jacobian, mean ||df/dx||^2", jacobian)):  # fmt: skip
         rows.append([name, *([value, ""] if record["split"] == "train" else ["", value]), ""])
@@ -217,41 +228,62 @@ def verdict_table(title: str, record: Mapping[str, Any]) -> Table:
     return Table(title, ("check", "verdict", "detail"), rows)
 
 
-_GENERALIZATION = ("test_accuracy", "test_loss", "calibration_error")
 _CURVATURE = ("train_loss", "generalization_gap", "trace", "input_jacobian", "top_eigenvalue")
 
 
 def comparison_tables(comparison: Mapping[str, Any], *, several: bool) -> list[Table]:
-    """Two tables: how well the rows generalize; their curvature and cost.
+    """Two tables for the rows of each task: how well they generalize; their curvature and cost.
 
     Args:
         comparison: The comparison's record.
         several: Whether there is more than one data set or model, to be named in each row.
     """
-    rows = comparison["rows"]
-    measured = [m for m in _CURVATURE if any(row[m]["mean"] is not None for row in rows)]
-    first = ["regularizers", "seeds", *map(_title, _GENERALIZATION), "accuracy - none",
-             "loss - none"]  # fmt: skip
-    second = ["regularizers", *map(_title, measured), "step cost"]
-    upper, lower = [], []
-    for row in rows:
-        name = f"{row['dataset']} {row['model']} {row['regularizer']}"
-        name = name if several else row["regularizer"]
-        upper.append([
-            name, _seeds(row), *(_winning(row, m) for m in _GENERALIZATION),
-            _difference(row, "test_accuracy"), _difference(row, "test_loss"),
-        ])  # fmt: skip
-        cost = row["step_cost"]
-        lower.append([name, *(_spread(row[m]) for m in measured),
-                      "-" if cost is None else f"{cost:.2f}"])  # fmt: skip
+    tasks: dict[str | None, list[Mapping[str, Any]]] = {}
+    for row in comparison["rows"]:  # those of which no run is finished tell no task
+        tasks.setdefault(row["task"], []).append(row)
     spread = "mean ± standard deviation over seeds, of the last epoch"
     if comparison["num_unfinished"]:
         ended = comparison["num_runs"] - comparison["num_unfinished"]
         spread = f"{ended} of {comparison['num_runs']} runs: {spread}"
-    return [
-        Table(f"{spread}; differences with 95 % interval and Holm's p", first, upper),
-        Table(f"{spread}; step cost over none's", second, lower),
-    ]
+    found = []
+    for task, rows in tasks.items():
+        of_task = f"{task}: {spread}" if len(tasks) > 1 and task is not None else spread
+        names = [f"{row['dataset']} {row['model']} {row['regularizer']}" if several
+                 else row["regularizer"] for row in rows]  # fmt: skip
+        found += [_generalization(of_task, names, rows), _curvature(of_task, names, rows)]
+    return found
+
+
+def _generalization(spread: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The task's metrics and the loss on test data, and how they differ from none's."""
+    metrics = [m for m in rows[0]["metrics"] or ("accuracy",) if m not in _BESIDE]
+    columns = {f"test {_title(m)}": m for m in metrics} | {"test loss": "test_loss"}
+    if not rows[0]["metrics"] or "calibration_error" in rows[0]["metrics"]:
+        columns["calibration error"] = "calibration_error"
+    main = rows[0]["selection"]["metric"] if rows[0]["selection"] else "accuracy"
+    compared = {} if main == "loss" else {f"{_title(main)} - none": main}
+    compared["loss - none"] = "test_loss"
+    cells = [
+        [
+            name, _seeds(row), *(_winning(row, m) for m in columns.values()),
+            *(_difference(row, m) for m in compared.values()),
+        ]
+        for name, row in zip(names, rows, strict=True)
+    ]  # fmt: skip
+    head = ["regularizers", "seeds", *columns, *compared]
+    return Table(f"{spread}; differences with 95 % interval and Holm's p", head, cells)
+
+
+def _curvature(spread: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What was measured of each row beside how it generalizes, and what a step costs."""
+    measured = [m for m in _CURVATURE if any(row[m]["mean"] is not None for row in rows)]
+    cells = [
+        [name, *(_spread(row[m]) for m in measured),
+         "-" if row["step_cost"] is None else f"{row['step_cost']:.2f}"]
+        for name, row in zip(names, rows, strict=True)
+    ]  # fmt: skip
+    head = ["regularizers", *map(_title, measured), "step cost"]
+    return Table(f"{spread}; step cost over none's", head, cells)
 
 
 def _title(measure: str) -> str:
@@ -265,9 +297,15 @@ def _seeds(row: Mapping[str, Any]) -> str:
     return f"{count} ({', '.join(notes)})" if notes else count
 
 
+def _named(measures: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A measure, or a metric of the task, of a row or of its differences."""
+    name = measure_of(name)
+    return measures[name] if name in measures else measures["metrics"][name]
+
+
 def _winning(row: Mapping[str, Any], measure: str) -> str:
-    text = _spread(row[measure])
-    return Strong(text) if measure in row["wins"] else text
+    text = _spread(_named(row, measure))
+    return Strong(text) if measure_of(measure) in row["wins"] else text
 
 
 def _spread(measure: Mapping[str, Any]) -> str:
@@ -278,15 +316,19 @@ def _spread(measure: Mapping[str, Any]) -> str:
     return f"{number(measure['mean'])} ± {number(measure['std'], 2)}"
 
 
+_SMALL = 1e-3  # what four places show little of
+
+
 def _difference(row: Mapping[str, Any], measure: str) -> str:
     if row["difference_to_none"] is None:
         return "-"
-    difference = row["difference_to_none"][measure]
+    difference = _named(row["difference_to_none"], measure)
     if difference["mean"] is None:
         return "-"
-    text = f"{difference['mean']:+.4f}"
+    low, high = difference["ci95"] or (difference["mean"], difference["mean"])
+    form = "+.2g" if 0 < max(abs(low), abs(high)) < _SMALL else "+.4f"
+    text = f"{difference['mean']:{form}}"
     if difference["ci95"] is None:
         return text
-    low, high = difference["ci95"]
     p = difference["p_holm"]
-    return f"{text} [{low:+.4f}, {high:+.4f}]" + ("" if p is None else f" p={p:.2g}")
+    return f"{text} [{low:{form}}, {high:{form}}]" + ("" if p is None else f" p={p:.2g}")

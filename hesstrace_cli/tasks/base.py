@@ -10,10 +10,11 @@ and the Gauss-Newton part of its Hessian in the weights is G = (1/M) sum_m J_m^T
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Selection:
         value = loss if self.metric == "loss" else metrics[self.metric]
         return value if self.higher_is_better else -value
 
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return dataclasses.asdict(self)
+
 
 class Meter(ABC):
     """Sums over the batches of a data set, on the device and without waiting for it."""
@@ -58,13 +63,17 @@ class Task(ABC):
     Attributes:
         name: As `--task` has it.
         expects: What outputs and targets must look like, half a sentence for an error.
-        selection: What the best epoch is picked by.
+        loss_name: What the mean is of, for a sentence: "cross-entropy".
+        selection: What the best epoch and a strength are picked by.
+        higher_is_better: The metrics by name, and whether more of each is better.
         refuses: Regularizers that make no sense here, each with the reason.
     """
 
     name: ClassVar[str]
     expects: ClassVar[str]
+    loss_name: ClassVar[str]
     selection: ClassVar[Selection]
+    higher_is_better: ClassVar[Mapping[str, bool]]
     refuses: ClassVar[Mapping[str, str]] = {}
 
     # -- what comes in
@@ -117,7 +126,11 @@ class Task(ABC):
 
     @abstractmethod
     def meter(self) -> Meter:
-        """An empty sum of this task's metrics."""
+        """An empty sum of this task's metrics, those of `higher_is_better`."""
+
+    def described_loss(self) -> str:
+        """What the mean is of, with what this task's settings make of it."""
+        return self.loss_name
 
     # -- its curvature in the outputs; M stays out of these
 

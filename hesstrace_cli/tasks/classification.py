@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,13 @@ class Classification(SoftmaxTask):
 
     name: ClassVar[str] = "classification"
     expects: ClassVar[str] = "logits (N, C) and class numbers (N,) or probabilities (N, C)"
+    loss_name: ClassVar[str] = "cross-entropy"
     selection: ClassVar[Selection] = Selection("accuracy", higher_is_better=True)
+    higher_is_better: ClassVar[Mapping[str, bool]] = {
+        "accuracy": True,
+        "balanced_accuracy": True,
+        "calibration_error": False,
+    }
 
     def check_targets(self, targets: Tensor, where: str) -> None:
         """Class numbers (N,), or probabilities (N, C)."""

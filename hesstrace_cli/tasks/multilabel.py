@@ -28,7 +28,13 @@ class Multilabel(Task):
 
     name: ClassVar[str] = "multilabel"
     expects: ClassVar[str] = "logits (N, D) and targets (N, D) of 0 and 1 or between them"
+    loss_name: ClassVar[str] = "binary cross-entropy"
     selection: ClassVar[Selection] = Selection("loss", higher_is_better=False)
+    higher_is_better: ClassVar[Mapping[str, bool]] = {
+        "accuracy": True,
+        "exact_match": True,
+        "f1": True,
+    }
     refuses: ClassVar[Mapping[str, str]] = {
         "label-smoothing": "its targets are no single class to take a share from",
     }

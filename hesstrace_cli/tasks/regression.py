@@ -27,7 +27,9 @@ class Regression(Task):
 
     name: ClassVar[str] = "regression"
     expects: ClassVar[str] = "outputs and floating-point targets of one shape (N, D)"
+    loss_name: ClassVar[str] = "squared error"
     selection: ClassVar[Selection] = Selection("rmse", higher_is_better=False)
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"rmse": False, "r2": True}
     refuses: ClassVar[Mapping[str, str]] = {
         "label-smoothing": "its targets are no classes",
         "confidence": "its outputs are no distributions",

@@ -23,7 +23,9 @@ class Segmentation(SoftmaxTask):
 
     name: ClassVar[str] = "segmentation"
     expects: ClassVar[str] = "logits (N, C, H, W) and class numbers (N, H, W)"
+    loss_name: ClassVar[str] = "cross-entropy of pixels"
     selection: ClassVar[Selection] = Selection("mean_iou", higher_is_better=True)
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"accuracy": True, "mean_iou": True}
     refuses: ClassVar[Mapping[str, str]] = {
         "mixup": "a pixel has one class, and mixed images have two",
         "cutout": "it would leave classes to erased pixels",

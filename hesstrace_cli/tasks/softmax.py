@@ -158,6 +158,12 @@ class SoftmaxTask(Task):
         )
         return summed / max(1, self.num_terms(targets))
 
+    def described_loss(self) -> str:
+        """Says that terms weigh by their class, and that targets are smoothed, where they are."""
+        weighted = "" if self.class_weights is None else "class-weighted "
+        smoothed = f" with labels smoothed by {self.label_smoothing:g}"
+        return weighted + self.loss_name + (smoothed if self.label_smoothing else "")
+
     def _weights(self, outputs: Tensor) -> Tensor | None:
         if self.class_weights is None:
             return None

@@ -24,7 +24,9 @@ class Tokens(SoftmaxTask):
 
     name: ClassVar[str] = "tokens"
     expects: ClassVar[str] = "logits (N, T, C) and class numbers (N, T)"
+    loss_name: ClassVar[str] = "cross-entropy of tokens"
     selection: ClassVar[Selection] = Selection("perplexity", higher_is_better=False)
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"perplexity": False, "accuracy": True}
     refuses: ClassVar[Mapping[str, str]] = {
         "mixup": "tokens are indices, of which no mean can be taken",
         "cutout": "it erases a square of an image",
