@@ -128,12 +128,21 @@ def selection_metric(record: Mapping[str, Any]) -> str:
     return str(record["selection"]["metric"]) if "selection" in record else "accuracy"
 
 
-def metrics_of(summary: Mapping[str, Any]) -> Mapping[str, float | None]:
-    """The metrics on the test examples, by name."""
-    if "metrics" in summary:
-        return dict(summary["metrics"])
-    old = {"accuracy": "test_accuracy", "calibration_error": "calibration_error"}
-    return {name: summary.get(key) for name, key in old.items()}
+def metrics_of(summary: Mapping[str, Any], split: str = "test") -> Mapping[str, float | None]:
+    """The metrics on a split by name, nothing where there is no such split.
+
+    Args:
+        summary: Of a run; those written before there were others have the accuracy.
+        split: "train", "val" or "test".
+    """
+    name = "metrics" if split == "test" else f"{split}_metrics"
+    if name in summary:
+        return dict(summary[name] or {})
+    accuracy = summary.get(f"{split}_accuracy")
+    found = {} if accuracy is None else {"accuracy": accuracy}
+    if split == "test":
+        found["calibration_error"] = summary.get("calibration_error")
+    return found
 
 
 def measure_of(metric: str) -> str:
@@ -151,10 +160,7 @@ def selected(record: Mapping[str, Any], split: str, metric: str) -> float | None
     """
     if metric == "loss":
         return record.get(f"{split}_loss")
-    if split == "test":
-        return metrics_of(record).get(metric)
-    own = record.get("val_metrics")
-    return record.get(f"val_{metric}") if own is None else own.get(metric)
+    return metrics_of(record, split).get(metric)
 
 
 def read_diverged(file: Path) -> dict[str, Any]:

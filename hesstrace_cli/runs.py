@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the best validation accuracy."""
+        """The checkpoint that was best on validation, by what the task picks by."""
         return self.path / "best.pt"
 
     def of_epoch(self, epoch: int) -> Path:

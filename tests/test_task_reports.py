@@ -166,8 +166,7 @@ def test_a_row_without_a_finished_run_tells_no_task():
         assert all(len(cells) == len(table.head) for cells in table.rows)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_summary_of_before_has_its_accuracy(task):
+def test_a_summary_of_before_has_its_accuracy():
     old = {"task", "selection", "metrics", "train_metrics", "val_metrics", "val_loss", "num_terms"}
     runs = [{k: v for k, v in run.items() if k not in old} for run in grid_of("classification")]
     (none, trace) = tabulate(runs)["rows"]
@@ -177,6 +176,9 @@ def test_a_summary_of_before_has_its_accuracy(task):
     assert trace["difference_to_none"]["test_accuracy"]["mean"] is not None
     assert selected(runs[0], "val", "accuracy") == runs[0]["val_accuracy"]
     assert plots.plot_metric(runs).axes[0].get_ylabel() == "test accuracy"
+    shown = [row[0] for row in tables.summary_table("t", runs[0]).rows[1:6]]
+    assert shown == ["test accuracy", "test loss", "train accuracy", "train loss",
+                     "validation accuracy"]  # fmt: skip
 
 
 def with_epochs(runs, folder, **changes):

@@ -11,6 +11,7 @@ import typer
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
+from hesstrace_cli.cli.output import say_once
 from hesstrace_cli.cli.signals import StopRequest
 from hesstrace_cli.cli.train import report_negative, warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
@@ -151,11 +152,13 @@ def _one_by_one(
     """Each run as it ends, trained in this process, with the problem where it diverged."""
     from hesstrace_cli.training import Run
 
+    said: set[str] = set()
     for number, planned in enumerate(pending, start=1):
         name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.config.epochs
         board.show([(name, 0, epochs)], len(pending) - number)
         try:
             run = Run(planned.config)
+            say_once(run.data.task_note, said)
             with StopRequest() as stop:
                 for progress in run.advance(stop):
                     if progress.record is not None:

@@ -94,13 +94,17 @@ def once_loaded() -> Callable[[DataSet, Tell], None]:
     said: set[str] = set()
 
     def begun(data: DataSet, tell: Tell) -> None:
-        note = data.task_note
-        if note is not None and note not in said:
-            said.add(note)
-            screen.say(note)
+        say_once(data.task_note, said)
         tell("estimating")
 
     return begun
+
+
+def say_once(note: str | None, said: set[str]) -> None:
+    """Say it where there is something to say that has not been said."""
+    if note is not None and note not in said:
+        said.add(note)
+        screen.say(note)
 
 
 def _of(place: str, now: Tell) -> Tell:

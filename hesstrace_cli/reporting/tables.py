@@ -50,10 +50,9 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     rows = [
         ["regularizers", Words(summary["regularizers"])],
         *_metric_rows("test", summary["test_loss"], metrics_of(summary)),
-        *_metric_rows("train", summary["train_loss"], summary["train_metrics"]),
+        *_metric_rows("train", summary["train_loss"], metrics_of(summary, "train")),
+        *_metric_rows("validation", summary.get("val_loss"), metrics_of(summary, "val")),
     ]
-    if summary["val_metrics"] is not None:
-        rows += _metric_rows("validation", summary.get("val_loss"), summary["val_metrics"])
     if trace["trace"] is None:
         rows.append(["tr(H), training data, eval mode", Words(f"not known: {trace['reason']}")])
     else:
