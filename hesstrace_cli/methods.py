@@ -112,6 +112,9 @@ def choose_method(
 def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> Method:
     is_ggn = config.curvature == "ggn"
     equal = "tr(G)" if is_ggn else "tr(H) = tr(G), the model being piecewise linear,"
+    if per_example.is_closed:
+        reason = f"{equal} of a linear output layer in closed form"
+        return Method("exact", reason, exact_sampler(per_example), exact=True)
     num_columns = _num_columns(per_example.objective, X)
     if num_columns > MAX_COLUMNS:
         reason = f"{equal} by random signs on the outputs, as {num_columns} columns are too many"

@@ -3,7 +3,8 @@
     tr(G) = (1/M) sum_i sum_k || J_i^T u_ik ||^2,   sum_k u_ik u_ik^T = A_i
 
 The task's K columns u_k, a backward pass each, give it exactly; one with u_i = B_i e_i for random
-signs e, E[e e^T] = I, gives it without bias and with little variance over many examples.
+signs e, E[e e^T] = I, gives it without bias and with little variance over many examples. The
+blocks of a linear output layer need neither (`output_layer`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.independence import Unfit, check_independence, check_others
 from hesstrace_cli.curvature.linearity import why_not_linear
-from hesstrace_cli.curvature.norm_rules import Layout, output_shape
+from hesstrace_cli.curvature.norm_rules import Layout, Norms, output_shape
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.output_layer import output_layer
 from hesstrace_cli.curvature.per_example import (
     check_layouts,
     differentiated_norms,
@@ -54,6 +56,9 @@ class PerExampleTrace:
         X: A few examples, for the more thorough checks.
         linear: Whether outputs that are not piecewise linear in the weights are refused.
 
+    Attributes:
+        is_closed: Whether the output layer is all that there is, so that no columns are needed.
+
     Raises:
         Unfit: If the outputs of an example depend on the others in its batch, or are curved; so do
             the methods.
@@ -68,6 +73,8 @@ class PerExampleTrace:
         self._check_linear(found)
         uses = find_uses(found, objective.params)
         self._layouts = check_layouts(found, uses)
+        closed = output_layer(found, uses, objective.params, objective.task)
+        self.is_closed = closed.keys() == objective.params.keys()
         self._by_row = {  # those with a row an example
             name for use in uses if use.num_rows == len(X) > 1
             for name in use.names.values() if name in self._layouts
@@ -111,11 +118,29 @@ class PerExampleTrace:
 
     def _exact(self, X: Tensor, y: Tensor, key: tuple[int, int] | None) -> Tensor:
         outputs, is_cut = self._watched(X)
+        layouts = self._examine(X, key, outputs, is_cut)
+        closed = self._closed(outputs, y)
+        total = self._stacked(closed, len(X))
+        if closed.keys() == self.objective.params.keys():
+            return total
         cotangents = self.objective.task.columns(outputs.detach(), y)
         if not len(cotangents):  # a softmax of one class is constant
-            return outputs.new_zeros(len(X), len(self.objective.params), dtype=torch.float64)
-        layouts = self._examine(X, key, outputs, is_cut)
-        return self._blocks(X, outputs, cotangents, layouts).sum(0)
+            return total
+        return total + self._blocks(X, outputs, cotangents, layouts, closed).sum(0)
+
+    def _closed(self, outputs: Tensor, y: Tensor) -> Norms:
+        """Each example's part of the output layer's blocks, (N,) by name."""
+        objective = self.objective
+        uses = find_uses(outputs, objective.params)
+        squares = output_layer(outputs, uses, objective.params, objective.task)
+        traces = objective.task.curvature_traces(outputs.detach(), y).flatten()
+        return {n: (s * traces).reshape(len(outputs), -1).sum(1) for n, s in squares.items()}
+
+    def _stacked(self, norms: Norms, num_examples: int) -> Tensor:
+        """By parameter in the last dimension, 0 for those that are not in it: (N, T)."""
+        params = self.objective.params
+        zeros = next(iter(params.values())).new_zeros(num_examples)
+        return torch.stack([norms.get(n, zeros).detach() for n in params], -1).double()
 
     def sample(
         self, X: Tensor, y: Tensor, num_samples: int, generator: Generator,
@@ -126,24 +151,29 @@ class PerExampleTrace:
         for X_part, y_part, key in self._parts(X, y, number):
             outputs, is_cut = self._watched(X_part)
             layouts = self._examine(X_part, key, outputs, is_cut)
-            at = outputs.detach()
+            at, closed = outputs.detach(), self._closed(outputs, y_part)
             signs = rademacher(at.expand(num_samples, *at.shape), generator=generator)
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
-            parts.append(self._blocks(X_part, outputs, torch.stack(cotangents), layouts))
+            own = self._blocks(X_part, outputs, torch.stack(cotangents), layouts, closed)
+            parts.append(own + self._stacked(closed, len(X_part)))
         return torch.cat(parts, 1)
 
     def _blocks(
-        self, X: Tensor, outputs: Tensor, cotangents: Tensor, layouts: dict[str, Layout]
-    ) -> Tensor:
+        self, X: Tensor, outputs: Tensor, cotangents: Tensor, layouts: dict[str, Layout],
+        closed: Norms,
+    ) -> Tensor:  # fmt: skip
+        """The squared norms for each cotangent, (K, N, T); 0 for the blocks in closed form."""
         objective = self.objective
-        uses = find_uses(outputs, objective.params)
+        uses = find_uses(outputs, {n: p for n, p in objective.params.items() if n not in closed})
         uses = [use for use in uses if layouts.keys() >= set(use.names.values())]
         rows = [rule_norms(uses, gradients(outputs, uses, u), layouts) for u in cotangents]
         norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        rest = {name: p for name, p in objective.params.items() if name not in norms}
+        done = norms.keys() | closed.keys()
+        rest = {name: p for name, p in objective.params.items() if name not in done}
         if rest:
             norms |= differentiated_norms(objective.outputs, rest, X, cotangents)
-        return torch.stack([norms[name].detach() for name in objective.params], -1).double()
+        zeros = cotangents.new_zeros(cotangents.shape[:2])
+        return torch.stack([norms.get(n, zeros).detach() for n in objective.params], -1).double()
 
     def _examine(
         self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, is_cut: bool

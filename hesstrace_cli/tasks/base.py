@@ -165,6 +165,14 @@ class Task(ABC):
     def curvature_traces(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """tr(A) of every term, 0 where it does not count: the outputs' shape without classes."""
 
+    def term_numbers(self, outputs: Tensor) -> Tensor:
+        """Which term, from 0, each output is of: int64 in the outputs' shape.
+
+        The terms are in the order of `curvature_traces`; an example is one unless said otherwise.
+        """
+        numbers = torch.arange(len(outputs), device=outputs.device)
+        return numbers.reshape(-1, *[1] * (outputs.dim() - 1)).expand_as(outputs)
+
     # -- what regularizers ask
 
     def smoothed(self, share: float) -> Task:

@@ -230,6 +230,12 @@ class SoftmaxTask(Task):
         omega = self._omega(outputs, targets)
         return (traces if omega is None else omega * traces).squeeze(self.class_dim)
 
+    def term_numbers(self, outputs: Tensor) -> Tensor:
+        """One for every row of logits."""
+        one_class = outputs.select(self.class_dim, 0)
+        numbers = torch.arange(one_class.numel(), device=outputs.device).reshape(one_class.shape)
+        return numbers.unsqueeze(self.class_dim).expand_as(outputs)
+
     # -- what regularizers ask
 
     def smoothed(self, share: float) -> Task:

@@ -19,6 +19,8 @@ from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.output_layer import output_layer
+from hesstrace_cli.curvature.per_example import find_uses
 from hesstrace_cli.curvature.trace import (
     Stop,
     control_variate_sampler,
@@ -29,9 +31,11 @@ from hesstrace_cli.curvature.trace import (
     hessian_sampler,
     signs_sampler,
 )
+from hesstrace_cli.data.preprocess import Preprocess
+from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.estimation import data_loss, estimate
 from hesstrace_cli.evaluation import evaluate, input_jacobian
-from hesstrace_cli.tasks import Regression, Tokens
+from hesstrace_cli.tasks import Regression, Segmentation, SoftmaxTask, Tokens
 from tests.jobs import joined, run_job
 from tests.tasks.cases import (
     BATCHES,
@@ -335,3 +339,137 @@ def test_wrongly_batched_norms_are_found_by_examples_that_count(monkeypatch):
     monkeypatch.setattr(per_example, "vmap", wrong)
     found = per_example.differentiated_norms(lambda p, x: x @ p["w"], w, X, u)["w"]
     torch.testing.assert_close(found, u.square().sum(-1) * X.square().sum(-1))
+
+
+def output_names(name):
+    """The parameters of the linear layer that gives the outputs, if one does."""
+    if "tied" in name or name == "images of numbers, relu":  # whose terms are whole images
+        return []
+    return [n for n, _ in case_of(name).model.named_parameters()][-1 if "no bias" in name else -2 :]
+
+
+def test_the_output_layer_has_no_noise_in_signs(name, monkeypatch):
+    monkeypatch.setattr(methods, "MAX_COLUMNS", 0)
+    truths = block_traces(name, "ggn")
+    parts = estimated(name, curvature="ggn", num_probes=3).result.tensors
+    for each, part in parts.items():
+        if each in output_names(name):
+            assert part.stderr == 0
+            assert part.value == pytest.approx(truths[each], rel=1e-9)
+        elif name not in ("one number, relu", "images of numbers, relu"):  # constant by their signs
+            assert part.stderr > 0 or truths[each] == 0, each
+
+
+class Odd(nn.Module):
+    """Outputs of a layer that numbers are moved, or more is done, after."""
+
+    def __init__(self, layer, after, extra=None):
+        super().__init__()
+        self.layer, self.after = layer, after
+        if extra is not None:
+            self.extra = nn.Parameter(extra)
+
+    def forward(self, X):
+        f = self.layer(X)
+        return self.after(f, self.extra) if hasattr(self, "extra") else self.after(f)
+
+
+def twice(f, extra):
+    return f @ extra + extra[0]
+
+
+ODD = {  # a model, inputs, class numbers, and which blocks are in closed form
+    "all tokens at once": (
+        lambda: Odd(nn.Linear(3, 8), lambda f: f.unflatten(1, (2, 4))),
+        (5, 3), (5, 2), {"layer.weight", "layer.bias"},
+    ),
+    "classes before tokens": (
+        lambda: Odd(nn.Linear(3, 8), lambda f: f.unflatten(1, (4, 2)).mT),
+        (5, 3), (5, 2), {"layer.weight", "layer.bias"},
+    ),
+    "the last tokens": (
+        lambda: Odd(nn.Linear(3, 4), lambda f: f[:, 1:]), (5, 3, 3), (5, 2),
+        {"layer.weight", "layer.bias"},
+    ),
+    "some classes": (
+        lambda: Odd(nn.Linear(3, 6), lambda f: f[..., 1:5]), (5, 2, 3), (5, 2),
+        {"layer.weight", "layer.bias"},
+    ),
+    "a bias of places": (
+        lambda: Odd(nn.Linear(3, 4, bias=False), torch.add, torch.randn(2, 4)),
+        (5, 2, 3), (5, 2), {"layer.weight", "extra"},
+    ),
+    "a bias that classes share": (
+        lambda: Odd(nn.Linear(3, 4), torch.add, torch.randn(2, 1)), (5, 2, 3), (5, 2),
+        {"layer.weight", "layer.bias"},
+    ),
+    "a bias that is scaled": (
+        lambda: Odd(nn.Linear(3, 4), lambda f, b: torch.add(b, f, alpha=3), torch.randn(2, 4)),
+        (5, 2, 3), (5, 2), {"extra"},
+    ),
+    "a temperature": (lambda: Odd(nn.Linear(3, 4), lambda f: f / 3), (5, 2, 3), (5, 2), set()),
+    "a scale": (
+        lambda: Odd(nn.Linear(3, 4), torch.mul, torch.rand(4)), (5, 2, 3), (5, 2), set()
+    ),
+    "used twice": (
+        lambda: Odd(nn.Linear(3, 4), twice, torch.randn(4, 4)), (5, 2, 3), (5, 2), set()
+    ),
+    "classes in several rows": (
+        lambda: Odd(nn.Linear(3, 2), lambda f: f.flatten(2)), (5, 2, 2, 3), (5, 2), set()
+    ),
+    "the same outputs for all tokens": (
+        lambda: Odd(nn.Linear(3, 4), lambda f: f.expand(-1, 2, -1)), (5, 1, 3), (5, 2), set()
+    ),
+    "strides": (
+        lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2), (4, 2, 6, 5), (4, 2, 2),
+        {"weight", "bias"},
+    ),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(2, 3, 2, stride=2, output_padding=1), (4, 2, 2, 1), (4, 5, 3),
+        {"weight", "bias"},
+    ),
+    "groups": (lambda: nn.Conv2d(3, 3, 1, groups=3), (4, 3, 2, 2), (4, 2, 2), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_output_layers(name):
+    make, shape, targets, expected = ODD[name]
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().double()
+    X = torch.randn(shape, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, targets, generator=generator)
+    y[0] = -100
+    task = Tokens() if len(targets) == 2 else Segmentation()
+    objective = Objective(model, trainable(model), task)
+    outputs = model(X)
+    found = output_layer(outputs, find_uses(outputs, objective.params), objective.params, task)
+    assert found.keys() == expected
+    per_example = PerExampleTrace(objective, X)
+    exact = per_example.exact(X, y).sum(0) / task.num_terms(y)
+    signs = per_example.sample(X, y, 2000, generator).sum(1).mean(0) / task.num_terms(y)
+    for index, (each, p) in enumerate(objective.params.items()):
+        H = torch.autograd.functional.hessian(
+            lambda v, each=each: mean_in_words(
+                task, torch.func.functional_call(model, {each: v}, (X,)), y
+            ),
+            p.detach(),
+        )
+        truth = H.reshape(p.numel(), p.numel()).trace().item()
+        assert exact[index].item() == pytest.approx(truth, rel=1e-9)
+        assert signs[index].item() == pytest.approx(truth, rel=1e-9 if each in expected else 0.1)
+
+
+def test_many_classes_need_no_columns_where_the_output_layer_is_all(monkeypatch):
+    model = nn.Linear(3, 50).double()
+    y = torch.randint(50, (5,))
+    split = TensorSplit(torch.randn(5, 3).double(), y, Preprocess(), torch.float64)
+    monkeypatch.delattr(SoftmaxTask, "columns")
+    found = estimate(model, split, config())
+    assert found.method == "exact"
+    assert "closed form" in found.reason
+    p = torch.softmax(model(split.inputs), -1)
+    truth = ((1 - p.square().sum(1)) * (1 + split.inputs.square().sum(1))).mean().item()
+    assert found.result.total.value == pytest.approx(truth)
