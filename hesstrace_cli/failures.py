@@ -1,7 +1,8 @@
-"""Errors of PyTorch's that tell of the machine, not of the model, the data or a file.
+"""Errors that tell of the machine or the interpreter, not of the model, the data or a file.
 
 They come as `RuntimeError`, as do those of an operation without a derivative or of a file that is
-cut off: whoever catches that one asks here first. Nothing here imports torch.
+cut off, or as `ImportError`: whoever catches one of these asks here first. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _NO_MEMORY = re.compile(
     r"|(STATUS|CUFFT)_ALLOC_FAILED|ALLOCATION_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT
     re.IGNORECASE,
 )
+_NOT_LOADED = re.compile(r"failed to map segment from shared object")  # a library, by ld.so
 _DEVICE_FAILED = re.compile(
     r"(CUDA|HIP|CUDA driver) error:"  # of the runtime, and of cuBLAS
     r"|CU(DNN|BLAS|SOLVER|SPARSE)_STATUS_(NOT_INITIALIZED|MAPPING|EXECUTION|INTERNAL)"
@@ -29,12 +31,16 @@ def is_out_of_memory(problem: BaseException) -> bool:
         return True
     if isinstance(problem, OSError):
         return problem.errno == errno.ENOMEM
+    if isinstance(problem, ImportError):
+        return _NOT_LOADED.search(str(problem)) is not None
     return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None
 
 
 def is_of_the_machine(problem: BaseException) -> bool:
-    """Whether memory ran out or a device failed, so that nothing is said of what it worked on."""
-    if is_out_of_memory(problem) or isinstance(problem, _types("AcceleratorError")):
+    """Whether memory or the stack ran out, or a device failed: nothing is said of what it met."""
+    if is_out_of_memory(problem):
+        return True
+    if isinstance(problem, (RecursionError, *_types("AcceleratorError"))):
         return True
     return isinstance(problem, RuntimeError) and _DEVICE_FAILED.search(str(problem)) is not None
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.failures import is_of_the_machine
-from hesstrace_cli.paths import is_file
+from hesstrace_cli.paths import is_file, is_there, resolved
 
 try:
     import fcntl
@@ -125,7 +125,7 @@ def check_writable(path: str | None) -> None:
         return
     parent = Path(path).parent
     try:
-        Path(path).lstat()
+        Path(path).stat()
     except FileNotFoundError:
         pass
     except OSError as problem:  # a name that no file can have
@@ -150,9 +150,9 @@ def check_apart(output: str | None, inputs: Iterable[str]) -> None:
     """
     if output is None or output == "-" or not is_file(output):
         return
-    written = Path(output).resolve()
-    for name in inputs:
-        read = Path(name).resolve()
+    written = resolved(output)
+    for name in filter(is_there, inputs):
+        read = resolved(name)
         inside = read.is_dir() and written.is_relative_to(read)
         if inside or (read.is_file() and read.samefile(written)):
             raise ConfigError(f"{output!r} is read by this command ({name}); write to another file")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hesstrace_cli.errors import ConfigError
+
 
 def is_file(path: str | Path) -> bool:
     """Whether it is a regular file, or a link to one."""
@@ -19,3 +21,17 @@ def is_folder(path: str | Path) -> bool:
 def is_there(path: str | Path) -> bool:
     """Whether anything has the name, a link that leads nowhere too."""
     return os.path.lexists(path)
+
+
+def resolved(path: str | Path) -> Path:
+    """The path from the root on, links followed as far as they lead.
+
+    Raises:
+        ConfigError: If it begins at the current folder, and that has been deleted.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError as problem:
+        raise ConfigError(
+            f"{str(path)!r} is in the current folder, which has been deleted; go to another one"
+        ) from problem

@@ -6,16 +6,17 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hesstrace_cli.config import did_you_mean
 from hesstrace_cli.errors import HesstraceError
-from hesstrace_cli.paths import is_file
+from hesstrace_cli.paths import is_file, resolved
 
 _NAMED = 20  # names of a module, in an error
 
@@ -72,7 +73,7 @@ def _users_code(spec: str, error: type[HesstraceError]) -> Iterator[None]:
 def _import_file(path: Path, error: type[HesstraceError]) -> ModuleType:
     if not is_file(path):
         raise error(f"plug-in file {str(path)!r} does not exist")
-    digest = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]
+    digest = hashlib.sha1(os.fsencode(resolved(path))).hexdigest()[:8]
     module_name = f"hesstrace_plugin_{path.stem}_{digest}"
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -91,8 +92,9 @@ def _import_file(path: Path, error: type[HesstraceError]) -> ModuleType:
 
 def _import(name: str, error: type[HesstraceError]) -> ModuleType:
     # A console script does not have the current folder on its path, as `python -m` has.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    with suppress(FileNotFoundError):  # it has been deleted
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as problem:

@@ -32,11 +32,13 @@ NO_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory"),
     RuntimeError("Storage size calculation overflowed with sizes=[100000000000000000, 64]"),
     RuntimeError("std::bad_alloc"),
+    ImportError("libjpeg.so.62: failed to map segment from shared object"),
 ]
 BROKEN = [
     torch.AcceleratorError("CUDA error: unspecified launch failure"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RecursionError("maximum recursion depth exceeded"),
 ]
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
@@ -46,6 +48,8 @@ OTHERS = [
     NotImplementedError("Trying to use forward AD with mkldnn_rnn_layer that does not support it"),
     OSError(errno.ENOSPC, "No space left on device"),
     ValueError("out of memory is what I am about"),
+    ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard"),
+    ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
 ]  # fmt: skip
 
 
@@ -56,7 +60,7 @@ def test_out_of_memory(problem):
 
 
 @pytest.mark.parametrize("problem", BROKEN, ids=repr)
-def test_a_device_that_fails(problem):
+def test_a_device_or_the_stack_that_fails(problem):
     assert is_of_the_machine(problem)
     assert not is_out_of_memory(problem)
 
@@ -101,7 +105,7 @@ def test_nobody_catches_runtime_errors_unasked():
                 if not isinstance(node, ast.ExceptHandler):
                     continue
                 names = {n.id for n in ast.walk(node.type or node) if isinstance(n, ast.Name)}
-                if not names & {"RuntimeError", "Exception", "_NO_DERIVATIVE"}:
+                if not names & {"RuntimeError", "ImportError", "Exception", "_NO_DERIVATIVE"}:
                     continue
                 handlers += 1
                 text = "".join(map(ast.unparse, node.body))

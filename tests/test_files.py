@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 
 import matplotlib.figure
 import pytest
@@ -169,3 +170,55 @@ def test_what_is_read_is_not_written_over(tmp_path, checkpoint, command, read, w
         return
     assert_one_line_error(result, 2, "another file")
     assert file.read_bytes() == before
+
+
+@pytest.fixture
+def in_deleted_folder(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    yield
+    os.chdir(tmp_path)  # where monkeypatch can leave from
+
+
+RELATIVE = {
+    "json": (2, ["estimate-trace", "{}", *QUICK, "--json", "x.json"]),
+    "plot": (2, ["estimate-trace", "{}", *QUICK, "--plot", "x.png"]),
+    "run": (2, ["train", *TINY]),
+    "comparison": (2, ["compare", *TINY, "--seeds", "0"]),
+    "records": (2, ["compare", "somewhere"]),
+    "settings": (2, ["verify", "--config", "c.yaml"]),
+    "checkpoint": (4, ["estimate-trace", "last.pt"]),
+    "start": (4, ["train", *TINY, "--init", "last.pt", "--out", "/nowhere/r"]),
+    "plug-in": (4, ["verify", "--model", "m.py:build"]),
+    "module": (4, ["verify", "--model", "no_such_module:build"]),
+    "arrays": (3, ["verify", "--dataset", "d.npz"]),
+    "images": (3, ["verify", "--dataset", "imagefolder:d"]),
+    "data": (3, ["verify", "--dataset", "mnist", "--data-dir", "data"]),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_a_current_folder_that_has_been_deleted_holds_nothing(
+    in_deleted_folder, monkeypatch, checkpoint, name
+):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as a console script has it
+    code, command = RELATIVE[name]
+    result = invoke(*(str(checkpoint) if word == "{}" else word for word in command))
+    assert result.exit_code in (code, 2), (result.output, result.exception)
+    assert_one_line_error(result, result.exit_code)
+
+
+def test_and_other_folders_are_used_from_there(in_deleted_folder, tmp_path, checkpoint):
+    place = tmp_path / "x.json"
+    place.write_text("old")
+    result = invoke("estimate-trace", checkpoint, *QUICK, "--json", place)
+    assert result.exit_code == 0, result.output
+    assert place.read_text() != "old"
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_link_in_a_circle_is_no_place(tmp_path, checkpoint, flag):
+    (tmp_path / "x.png").symlink_to("x.png")
+    result = invoke("estimate-trace", checkpoint, *QUICK, flag, "x.png")
+    assert_one_line_error(result, 2, "cannot be written")

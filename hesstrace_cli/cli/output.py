@@ -13,6 +13,7 @@ from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.signals import number_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, LostProcess
 from hesstrace_cli.files import check_apart, check_writable, files_of, write_atomically
+from hesstrace_cli.paths import resolved
 from hesstrace_cli.reporting import plots
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str |
     for place in (json_file, plot):
         check_writable(place)
         check_apart(place, read)
-        target = None if place is None or place == "-" else Path(place).resolve()
+        target = None if place is None or place == "-" else resolved(place)
         if target is not None and RunFolder(target.parent).owns(target):
             raise ConfigError(f"{place!r} belongs to the run in its folder; write to another file")
     if plot is not None and json_file is not None and Path(plot) == Path(json_file):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.failures import is_out_of_memory
 
 
 class Events:
@@ -26,6 +27,8 @@ class Events:
             try:
                 import torch.utils.tensorboard  # noqa: F401
             except ImportError as problem:
+                if is_out_of_memory(problem):
+                    raise
                 raise ConfigError(
                     "--tensorboard needs the package tensorboard: pip install tensorboard"
                 ) from problem
