@@ -36,9 +36,14 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None
 
 
+def is_lost_worker(problem: BaseException) -> bool:
+    """Whether a process that reads the data is gone; raised wherever the news comes."""
+    return isinstance(problem, RuntimeError) and str(problem).startswith("DataLoader worker (pid")
+
+
 def is_of_the_machine(problem: BaseException) -> bool:
-    """Whether memory or the stack ran out, or a device failed: nothing is said of what it met."""
-    if is_out_of_memory(problem):
+    """Whether memory, the stack, a device or a worker failed: nothing is said of what it met."""
+    if is_out_of_memory(problem) or is_lost_worker(problem):
         return True
     if isinstance(problem, (RecursionError, *_types("AcceleratorError"))):
         return True

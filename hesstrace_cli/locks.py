@@ -24,7 +24,7 @@ def _let_go_in_child() -> None:
     Closing its own handle leaves the parent's lock as it is.
     """
     for lock in list(_held):
-        lock.release()
+        lock.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -58,7 +58,14 @@ class FolderLock:
         _held.add(self)
 
     def release(self) -> None:
-        """Let others in."""
+        """Let others in, at once: a process forked just now may not have closed its handle yet."""
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._handle, fcntl.LOCK_UN)
+            self.close()
+
+    def close(self) -> None:
+        """Close this process's handle; who else has one still holds the lock."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

@@ -39,6 +39,7 @@ BROKEN = [
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RecursionError("maximum recursion depth exceeded"),
+    RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. "),
 ]
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
@@ -47,6 +48,7 @@ OTHERS = [
     RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:1024"),
     NotImplementedError("Trying to use forward AD with mkldnn_rnn_layer that does not support it"),
     OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
     ValueError("out of memory is what I am about"),
     ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard"),
     ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
@@ -60,7 +62,7 @@ def test_out_of_memory(problem):
 
 
 @pytest.mark.parametrize("problem", BROKEN, ids=repr)
-def test_a_device_or_the_stack_that_fails(problem):
+def test_a_part_of_the_machine_that_fails(problem):
     assert is_of_the_machine(problem)
     assert not is_out_of_memory(problem)
 

@@ -162,6 +162,7 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # as a data loader's worker, when its parent has been killed
+        os.close(write)
         os.read(read, 1)
         os._exit(0)
     lock.release()
@@ -170,6 +171,14 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     os.waitpid(child, 0)
     for handle in (read, write):
         os.close(handle)
+
+
+def test_a_lock_is_free_before_a_forked_process_has_run(tmp_path):
+    lock = FolderLock(tmp_path)
+    held = os.dup(lock._handle)  # as the process has it until its first line
+    lock.release()
+    FolderLock(tmp_path).release()
+    os.close(held)
 
 
 def test_a_forked_process_does_not_let_go_of_its_parents_lock(tmp_path):
@@ -244,6 +253,17 @@ def test_code_that_ends_the_program_has_not_done_the_work(tmp_path, place, call)
     if place not in ("regularizer", "step"):
         assert invoke("verify", *plugins).exit_code in (3, 4)
     assert not (tmp_path / "r" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("call", ["sys.exit(0)", "os.kill(os.getpid(), 9)", "os._exit(0)"])
+def test_a_worker_that_is_gone_is_one_line(tmp_path, call):
+    (tmp_path / "own.py").write_text(EXITS.format(place="example", call=f"import os; {call}"))
+    flags = ["--epochs", "1", "--model", "mlp", "--dataset", "own.py:data", "--num-workers", "1"]
+    done = shell(f"{HESS} train {' '.join(flags)} --out r", tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert [
+        line.startswith("error: a process that reads") for line in done.stderr.splitlines()
+    ] == [True]
 
 
 def test_a_job_that_ends_with_0_and_no_summary_has_failed(tmp_path):

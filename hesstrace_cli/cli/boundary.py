@@ -15,7 +15,7 @@ from hesstrace_cli.cli import signals
 from hesstrace_cli.cli.streams import silence_stdout
 from hesstrace_cli.config.hints import did_you_mean
 from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
-from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.failures import is_lost_worker, is_out_of_memory
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -93,6 +93,12 @@ def _explained(problem: Exception) -> tuple[str, int]:
         reason = " ".join(str(problem).split())[:160]
         about = f" ({reason})" if reason else ""
         return f"out of memory{about}; lower --batch-size, or --keep-prob of a trace penalty", 2
+    if is_lost_worker(problem):
+        reason = " ".join(str(problem).split())[:160]
+        return (
+            f"a process that reads the data is gone ({reason}): its code ended it, or the machine, "
+            "for memory; --num-workers 0 reads without such processes", 3
+        )  # fmt: skip
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EIO):
         silence_stdout()
         return f"the output cannot be written: {problem.strerror}", 2  # a full disk behind stdout

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
@@ -15,7 +15,7 @@ from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
 LARGEST = 2**31
-"""Of any whole number; more of anything is a slip of the hand."""
+"""Of any whole number, negative ones too; more of anything is a slip of the hand."""
 
 _LARGEST_FLOAT = 3e38  # that float32 holds, in which tensors are
 
@@ -79,21 +79,18 @@ def check_range(item: dataclasses.Field[Any], value: Any) -> None:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        low, above = meta["minimum"], meta["above"]
-        high = min(meta["maximum"], LARGEST if isinstance(number, int) else _LARGEST_FLOAT)
+        largest = LARGEST if isinstance(number, int) else _LARGEST_FLOAT
+        low, high = max(meta["minimum"], -largest), min(meta["maximum"], largest)
         if number == item.default:  # which may be endless
             continue
+        above = meta["above"]
         if not (low <= number <= high and number > above):
             raise ConfigError(
-                f"--{key_of(item.name)} is {shortened(number)}, expected {_range_text(meta, high)}"
+                f"--{key_of(item.name)} is {shortened(number)}, expected "
+                f"{_range_text(above, low, high)}"
             )
 
 
-def _range_text(meta: Mapping[str, Any], high: float) -> str:
-    parts = []
-    if meta["above"] > -math.inf:
-        parts.append(f"more than {meta['above']:g}")
-    if meta["minimum"] > -math.inf:
-        parts.append(f"at least {meta['minimum']:g}")
-    parts.append(f"at most {high:.10g}")
-    return "a number, " + " and ".join(parts)
+def _range_text(above: float, low: float, high: float) -> str:
+    least = f"more than {above:g}" if above > -math.inf else f"at least {low:.10g}"
+    return f"a number, {least} and at most {high:.10g}"

@@ -94,7 +94,7 @@ def parse_terms(entries: Sequence[str]) -> list[tuple[str, float | None]]:
 
 
 def _parse_term(part: str) -> tuple[str, float | None]:
-    name, equals, text = part.partition("=")
+    name, text = _split(part)
     if name == "none":
         raise ConfigError(f"none has no strength, {shortened(part)} was given")
     if name not in REGULARIZERS and not _is_class(name):
@@ -103,7 +103,15 @@ def _parse_term(part: str) -> tuple[str, float | None]:
             f"no regularizer is called {shortened(name)}{_meant(part, known)} "
             f"Known: {', '.join(known)}, or FILE.py:Class"
         )
-    return name, _strength(name, text) if equals else None
+    return name, None if text is None else _strength(name, text)
+
+
+def _split(part: str) -> tuple[str, str | None]:
+    """The name and what stands behind it; a file's name may have an equals sign itself."""
+    name, equals, text = part.partition("=")
+    if name not in (*REGULARIZERS, "none") and ":" in part:
+        name, equals, text = (part, "", "") if _is_class(part) else part.rpartition("=")
+    return (name, text) if equals else (part, None)
 
 
 def _is_class(name: str) -> bool:

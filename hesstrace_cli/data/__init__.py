@@ -181,7 +181,7 @@ def _kind_of(part: Arrays | Dataset[Any], name: str) -> torch.dtype:
         return part.inputs.dtype
     if isinstance(part, Images):
         return torch.uint8
-    (first,) = readable(part[i] for i in range(1))
+    (first,) = readable((part[i] for i in range(1)), name)
     return example_of(first, name)[0].dtype
 
 
@@ -206,7 +206,7 @@ def _targets_of(dataset: Dataset[Any], name: str) -> Tensor:
     length = _length(dataset, name)
     said = getattr(dataset, "targets", None)
     if said is None or getattr(dataset, "target_transform", None) is not None:
-        examples = readable(dataset[i] for i in range(length))
+        examples = readable((dataset[i] for i in range(length)), name)
         return stacked([example_of(example, name)[1] for example in examples], name)
     targets = targets_of(said, name)
     if len(targets) != length:

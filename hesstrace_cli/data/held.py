@@ -75,7 +75,7 @@ class HeldSplit:
         if self._tensors is None:
             files = self._files
             images = (files.dataset[int(i)][0] for i in files.indices)
-            inputs = torch.stack(list(readable(images))).to(files.device)
+            inputs = torch.stack(list(readable(images, files.collate.name))).to(files.device)
             targets = files.targets.to(files.device)
             self._tensors = TensorSplit(inputs, targets, files.preprocess, files.dtype, files.task)
         return self._tensors

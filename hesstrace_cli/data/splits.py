@@ -178,7 +178,9 @@ class DatasetSplit:
             # Without one, every pass would draw a seed for the workers from the global state.
             generator=Generator().manual_seed(0),
         )
-        for (inputs, targets), chosen in zip(readable(loader), indices, strict=True):
+        for (inputs, targets), chosen in zip(
+            readable(loader, self.collate.name), indices, strict=True
+        ):
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError("an input of the data set is NaN or infinite, expected numbers")
             self._check_targets(targets, chosen)
@@ -207,8 +209,12 @@ def _in(dtype: torch.dtype, targets: Tensor) -> Tensor:
     return targets.to(dtype) if targets.is_floating_point() else targets
 
 
-def readable(examples: Iterable[Item]) -> Iterator[Item]:
+def readable(examples: Iterable[Item], name: str) -> Iterator[Item]:
     """What is read from files or by a user's code; what cannot be read is the data's fault.
+
+    Args:
+        examples: What to read.
+        name: What to call the data in an error.
 
     Raises:
         DataError: In one line, also where a worker met the problem.
@@ -217,11 +223,12 @@ def readable(examples: Iterable[Item]) -> Iterator[Item]:
         yield from examples
         return
     except SystemExit as problem:
-        reason = f"the code that reads the data called sys.exit({problem.code!r})"
+        reason = f"{name}: the code that reads an example called sys.exit({problem.code!r})"
     except (OSError, DataError) as problem:
         if is_out_of_memory(problem):
             raise
-        reason = _reason(problem)
+        said = _reason(problem)
+        reason = said if isinstance(problem, DataError) else f"{name}: {said}"
         problem.__traceback__ = None  # it would hold the loader, whose workers would live on
     raise DataError(reason)
 
