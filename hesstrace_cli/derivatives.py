@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from hesstrace_cli.casting import cast, on_copies
 from hesstrace_cli.curvature.differentiable import HeldPadding, differentiable_ops
-from hesstrace_cli.curvature.ggn import trace_sample, trace_sample_at
+from hesstrace_cli.curvature.ggn import ggn_vp, trace_sample, trace_sample_at
 from hesstrace_cli.curvature.graph import check_graph, gradient, inner
 from hesstrace_cli.curvature.hessian import Mode, hvp, quadratic_form
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is, outputs_of
@@ -239,7 +239,7 @@ class Check:
 
     def hessian(self, mode: Mode) -> list[Row]:
         """Rows for v^T H v, as the penalty on tr(H) takes it, and for its gradient."""
-        name = f"{self.prefix}v'Hv, {mode} mode"
+        name = f"{self.prefix}penalty on tr(H), {mode} mode"
         found = self._evaluate(name, self._form(mode), names_module=mode != "taylor")
         if isinstance(found, Row):
             return [found]
@@ -248,9 +248,34 @@ class Check:
 
     def estimate(self) -> list[Row]:
         """A row for v^T H v as estimates take it."""
-        name = f"{self.prefix}v'Hv of the estimate"
+        name = f"{self.prefix}estimate, v'Hv"
         found = self._evaluate(name, lambda: inner(self._product_at(0.0), self.v).detach())
         return [found] if isinstance(found, Row) else self._judged(name, *found)
+
+    def estimate_of_ggn(self) -> list[Row]:
+        """A row for v^T G v as estimates take it."""
+        objective, v, y = self.objective, self.v, self.y
+        task, num_terms = objective.task, objective.task.num_terms(y)
+
+        def product() -> Tensor:
+            found = ggn_vp(lambda p: objective.outputs(p, self.X), objective.params, v, task, y)
+            return inner(found, v).detach()
+
+        @torch.no_grad()
+        def outputs_at(size: float) -> Tensor:
+            with pinned(), self._displaced(v, size):
+                return self._outputs()
+
+        def difference(step: float) -> float:
+            pushed = (outputs_at(step) - outputs_at(-step)) / (2 * step)
+            return (task.curve(here, y, pushed) * pushed).sum().item() / num_terms
+
+        name, here = f"{self.prefix}estimate, v'Gv", outputs_at(0.0)
+        found = self._evaluate(name, product)
+        if isinstance(found, Row):
+            return [found]
+        truths = _over(self.accuracy.first, difference)
+        return [compared(f"{name}, value", found[0], truths, self.accuracy.value)]
 
     def trial(self, mode: Mode, truth: float, scale: float | None) -> Row | None:
         """What keeps a mode from a whole step in the model's own precision, if anything.
@@ -260,7 +285,7 @@ class Check:
             truth: Its value in double precision.
             scale: The size of the terms that this is a sum of; None where values are too rough.
         """
-        name = f"{self.prefix}v'Hv, {mode} mode"
+        name = f"{self.prefix}penalty on tr(H), {mode} mode"
         found = self._evaluate(name, self._form(mode), names_module=mode != "taylor")
         if isinstance(found, Row):
             return found
@@ -475,6 +500,24 @@ def checked(
                 )
             yield check
             return
+
+
+def tries(
+    objective: Objective, X: Tensor, y: Tensor, first: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Examples and a seed to check with; the next where differences have not settled there.
+
+    Args:
+        objective: Its task says whether some examples have a term that counts.
+        X: A batch.
+        y: Its targets.
+        first: So many examples at first; then all, as a batch norm over few values is too steep
+            for differences; then others.
+        seed: Of the first; other weights beside the model's and other directions follow.
+    """
+    for number, rows in enumerate((slice(first), slice(None), slice(-first, None))):
+        if objective.task.num_terms(y[rows]):
+            yield X[rows], y[rows], seed + number
 
 
 def seeded(like: Tensor, seed: int) -> Generator:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from hesstrace_cli.casting import on_copies
 from hesstrace_cli.curvature.hessian import Mode
-from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.derivatives import IN_SINGLE, Check, checked, move_aside, seeded
+from hesstrace_cli.curvature.objective import Objective, reads_by_other_names
+from hesstrace_cli.derivatives import IN_SINGLE, Check, checked, move_aside, seeded, tries
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.precision import full_precision
-from hesstrace_cli.verdicts import NOT_FINITE, Row
+from hesstrace_cli.verdicts import NOT_FINITE, Row, is_settled, merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Engine:
 @full_precision()
 def choose_engine(
     objective: Objective, X: Tensor, y: Tensor, *,
-    curvature: str, compiled: bool, single: bool, seed: int,
+    curvature: str, compiled: bool, single: bool, seed: int, first: int | None = None,
 ) -> Engine:  # fmt: skip
     """The first engine whose value and gradient are right for this model, in a whole trial step.
 
@@ -46,44 +47,74 @@ def choose_engine(
         compiled: Whether the penalty is to be compiled.
         single: Whether the model runs in single precision throughout, not in half.
         seed: Of the directions looked along.
+        first: So many examples are tried first, all of them only where that proves nothing.
 
     Raises:
         DerivativeError: If there is none.
     """
+    if compiled and reads_by_other_names(objective.model, X):
+        raise DerivativeError(
+            "the model reads a parameter in another way than as its module's attribute, which a "
+            "compiled penalty does not follow; leave out --compile"
+        )
+    first = len(X) if first is None else first
     if curvature == "ggn":
-        with checked(objective, X, y, seed=seed) as check:
-            rows = check.ggn(as_function=compiled)
+        rows: list[Row] = []
+        for some, targets, number in tries(objective, X, y, first, seed):
+            with checked(objective, some, targets, seed=number) as check:
+                found = check.ggn(as_function=compiled)
+            rows = merged(rows, found)
+            if is_settled(rows):
+                break
         _refuse_unless_right(rows)
         return Engine("reverse", "agrees with differences of the model")
     engines: tuple[Mode, ...] = ("forward",) if compiled else ("taylor", "forward", "reverse")
-    right: list[Mode] = []
     tried: dict[Mode, list[Row]] = {}
-    with checked(objective, X, y, seed=seed) as check:
-        scale = check.scale()
-        for mode in engines:
-            if right and mode != "reverse":
-                continue
-            tried[mode] = check.hessian(mode)
-            if all(row.verdict == "right" for row in tried[mode]):
-                right.append(mode)
+    for some, targets, number in tries(objective, X, y, first, seed):
+        with checked(objective, some, targets, seed=number) as check:
+            scale = check.scale()
+            right = _try(engines, check, tried)
+        if right or is_settled(itertools.chain(*tried.values())):
+            break
     with on_copies(objective.model, double=False):
-        move_aside(objective.params, seeded(X, seed))
-        own = Check(objective, X, y, seeded(X, seed), IN_SINGLE)
+        move_aside(objective.params, seeded(X, number))
+        own = Check(objective, some, targets, seeded(X, number), IN_SINGLE)
         for mode in list(right):
             problem = own.trial(mode, check.values[mode], scale if single else None)
             if problem is not None:
                 right.remove(mode)
                 tried[mode] = [problem]
+    if not right:
+        _refuse_unless_right(tried[engines[-1]])
     failed = [row for rows in tried.values() for row in rows if row.verdict != "right"]
-    if right:
-        reason = "; ".join(f"{r.check} {r.verdict}: {r.detail}" for r in failed)
-        return Engine(right[0], reason or "agrees with differences of the model", tuple(right[1:]))
-    _refuse_unless_right(tried[engines[-1]])
-    return Engine(engines[-1], "differences of the model do not settle, so it is not proved")
+    reason = "; ".join(f"{r.check} {r.verdict}: {r.detail}" for r in failed)
+    return Engine(right[0], reason or "agrees with differences of the model", tuple(right[1:]))
+
+
+def _try(engines: Sequence[Mode], check: Check, tried: dict[Mode, list[Row]]) -> list[Mode]:
+    """The engines that are right, reverse mode and no more than one other; all others' faults."""
+    right: list[Mode] = []
+    for mode in engines:
+        if right and mode != "reverse":
+            tried.pop(mode, None)  # what an earlier try left open
+            continue
+        if mode not in tried or not is_settled(tried[mode]):
+            tried[mode] = merged(tried.get(mode, []), check.hessian(mode))
+        if all(row.verdict == "right" for row in tried[mode]):
+            right.append(mode)
+    return right
 
 
 def _refuse_unless_right(rows: Sequence[Row]) -> None:
-    bad = [row for row in rows if row.verdict in ("wrong", "refused")]
+    bad = [row for row in rows if row.verdict != "right"]
+    bad.sort(key=lambda row: row.verdict == "unsettled")
+    if bad and bad[0].verdict == "unsettled":
+        raise DerivativeError(
+            f"the penalty's derivative cannot be proved for this model ({bad[0].check}: "
+            f"{bad[0].detail}): its differences depend on their step, as where it has jumps, or "
+            "a batch norm over few values; a larger --batch-size may help, or --curvature of the "
+            "other kind"
+        )
     if bad and bad[0].verdict == "refused":
         raise DerivativeError(bad[0].detail)
     if bad and bad[0].detail == NOT_FINITE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import platform
 import time
@@ -19,7 +20,12 @@ from hesstrace_cli.curvature.detached import Detached, check_attached
 from hesstrace_cli.curvature.hutchpp import hutchpp
 from hesstrace_cli.curvature.independence import Unfit
 from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, draws_random_numbers, eval_mode, trainable
+from hesstrace_cli.curvature.objective import (
+    Objective,
+    draws_random_numbers,
+    eval_mode,
+    trainable,
+)
 from hesstrace_cli.curvature.operator import CurvatureMatrix
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean
@@ -32,6 +38,7 @@ from hesstrace_cli.loading import describe, load_checkpoint, select_device
 from hesstrace_cli.methods import DEFAULT_PROBES, choose_method
 from hesstrace_cli.parallel import ALONE, Ranks, join
 from hesstrace_cli.precision import full_precision
+from hesstrace_cli.products import check_own_functions
 from hesstrace_cli.randomness import stream_generator
 
 SCHEMA = "hesstrace/trace/1"
@@ -74,6 +81,7 @@ def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -
     generator = stream_generator(seed, like.device, "eigenvalues")
     start = rademacher(like.new_empty(matrix.size), generator=generator)
     with eval_mode(model):
+        check_own_functions(data, "hessian", seed)
         return extreme_eigenvalues(Krylov(matrix, start), k=1).largest[0]
 
 
@@ -138,14 +146,25 @@ def estimate(
             check_attached(data.objective, X)
         except Detached as problem:
             unfit.append(problem)
+        is_attached = not unfit  # else differences are of another function
+
+        @functools.cache
+        def doubts() -> list[str]:
+            """Of second derivatives, where these are taken."""
+            if not is_attached:
+                return []
+            return check_own_functions(data, config.curvature, config.seed)
+
         if config.method in SKETCHES:
+            doubts()
             sketch = stream_generator(config.seed, X.device, "sketch")  # one for all processes
             found = _by_sketch(data, config, sketch, on_pass)
-            reason = "; ".join([found.reason, *map(str, unfit)])
+            reason = "; ".join([found.reason, *map(str, unfit), *doubts()])
             return dataclasses.replace(found, reason=reason)
         while True:  # what one method finds out on a batch is told to the choice of the next
             try:
                 method = choose_method(config, data.objective, X, unfit)
+                reason = "; ".join([method.reason, *(doubts() if method.by_products else [])])
                 num_probes = config.num_probes or DEFAULT_PROBES
                 result = estimate_trace(
                     method.sampler,
@@ -158,9 +177,7 @@ def estimate(
                     inclusion=method.inclusion,
                     on_pass=on_pass,
                 )
-                return Estimated(
-                    result, method.name, method.reason, 0 if method.exact else num_probes
-                )
+                return Estimated(result, method.name, reason, 0 if method.exact else num_probes)
             except Unfit as problem:
                 unfit.append(problem)
 

@@ -45,6 +45,7 @@ class Method:
         sampler: Draws its samples on a batch.
         exact: Whether they have no error.
         inclusion: The probability with which a probe includes each weight.
+        by_products: Whether it takes products with H or G, not first derivatives alone.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Method:
     sampler: Sampler
     exact: bool = False
     inclusion: float = 1.0
+    by_products: bool = True
 
 
 def choose_method(
@@ -118,9 +120,10 @@ def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> 
     num_columns = _num_columns(per_example.objective, X)
     if num_columns > MAX_COLUMNS:
         reason = f"{equal} by random signs on the outputs, as {num_columns} columns are too many"
-        return Method("signs", reason, signs_sampler(per_example))
+        return Method("signs", reason, signs_sampler(per_example), by_products=False)
     reason = f"{equal} from every example's gradient norms"
-    return Method("exact", reason, exact_sampler(per_example), exact=True)
+    sampler = exact_sampler(per_example)
+    return Method("exact", reason, sampler, exact=True, by_products=False)
 
 
 def _num_columns(objective: Objective, X: Tensor) -> int:

@@ -12,6 +12,7 @@ import torch
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.density import Density, spectral_density
+from hesstrace_cli.curvature.detached import Detached, check_attached
 from hesstrace_cli.curvature.flatness import (
     Landscape,
     average_sharpness,
@@ -30,6 +31,7 @@ from hesstrace_cli.estimation import data_loss, versions
 from hesstrace_cli.evaluation import evaluate, finite
 from hesstrace_cli.loading import Loaded, describe, load_checkpoint
 from hesstrace_cli.precision import full_precision
+from hesstrace_cli.products import check_own_functions
 from hesstrace_cli.randomness import stream_generator
 from hesstrace_cli.stability import sentence, stability
 
@@ -62,6 +64,7 @@ def spectrum_of_checkpoint(
     if not math.isfinite(found.loss):
         raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     data = data_loss(model, split, config.batch_size)
+    doubts = _check_derivatives(data, config)
     matrix = CurvatureMatrix(data, config.curvature)
     like = next(iter(data.objective.params.values())).detach().new_empty(matrix.size)
     generator = stream_generator(config.seed, like.device, "eigenvalues")
@@ -92,7 +95,17 @@ def spectrum_of_checkpoint(
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    return {**record, **describe(path, loaded)}, [*loaded.warnings, *_doubts(extremes, config)]
+    warnings = [*loaded.warnings, *doubts, *_doubts(extremes, config)]
+    return {**record, **describe(path, loaded)}, warnings
+
+
+def _check_derivatives(data: DataLoss, config: SpectrumConfig) -> list[str]:
+    X, _ = next(iter(data.batches()))
+    try:
+        check_attached(data.objective, X)
+    except Detached as problem:
+        return [str(problem)]
+    return check_own_functions(data, config.curvature, config.seed)
 
 
 def _doubts(extremes: Extremes, config: SpectrumConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -131,6 +131,22 @@ def _verdict(
     distances = [distance(found, truth) for truth in seen]
     nearest = min(range(len(seen)), key=lambda i: (math.isnan(distances[i]), distances[i]))
     return "wrong" if settled else "unsettled", seen[nearest]
+
+
+def is_settled(rows: Iterable[Row]) -> bool:
+    """Whether differences could tell for all of them."""
+    return all(row.verdict != "unsettled" for row in rows)
+
+
+def merged(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
+    """Of two tries: what differences did not settle in one the other may; wrong is wrong."""
+    known = {row.check: row for row in before if row.verdict != "unsettled"}
+
+    def of_both(row: Row) -> Row:
+        old = known.get(row.check, row)
+        return old if old.verdict == "wrong" or row.verdict == "unsettled" else row
+
+    return [of_both(row) for row in now]
 
 
 def with_fallbacks(engines: Mapping[str, list[Row]]) -> Iterator[Row]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from hesstrace_cli.curvature.objective import (
     trainable,
 )
 from hesstrace_cli.data import Split, load_data
-from hesstrace_cli.derivatives import Check, checked
+from hesstrace_cli.derivatives import Check, checked, tries
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.estimation import versions
 from hesstrace_cli.loading import check_fit, check_training_output, select_device
@@ -32,6 +34,8 @@ from hesstrace_cli.stepcost import step_costs
 from hesstrace_cli.verdicts import (
     GOOD,
     Row,
+    is_settled,
+    merged,
     pinned,
     with_fallbacks,
 )
@@ -39,6 +43,7 @@ from hesstrace_cli.verdicts import (
 SCHEMA = "hesstrace/verify/1"
 _MOST_NAMED = 3
 _ENGINES: tuple[Mode, ...] = ("taylor", "forward", "reverse")
+_MORE = 4  # times the examples where differences do not settle
 _PRECISION = ": checked in float64"
 
 
@@ -59,14 +64,15 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     model = model.to(device)
     check_fit(model, data, config.model)
     check_training_output(model, data, config.model)
-    X, y = _first_batch(data.train, config.batch_size)
-    again, _ = _first_batch(data.train, config.batch_size)
+    first = config.batch_size
+    X, y = _first_batch(data.train, _MORE * first)
+    again, _ = _first_batch(data.train, _MORE * first)
     rows = [_data_repeats(torch.equal(X, again))]
     for mode in ("train", "eval"):
         model.train(mode == "train")
         objective = Objective(model, trainable(model), data.train.task)
         with full_precision():
-            rows += _rows(objective, X, y, mode, config.seed)
+            rows += _rows(objective, X, y, mode, config.seed, first)
     good = all(row.verdict in GOOD for row in rows)
     if good:
         rows += _costs(config)
@@ -118,30 +124,50 @@ def _costs(config: VerifyConfig) -> Iterator[Row]:
             )
 
 
-def _rows(objective: Objective, X: Tensor, y: Tensor, mode: str, seed: int) -> Iterator[Row]:
-    model = objective.model
-    repeats = _repeats(model, X, mode)
+def _rows(
+    objective: Objective, X: Tensor, y: Tensor, mode: str, seed: int, first: int | None = None
+) -> Iterator[Row]:
+    """The rows of a mode; more than the first examples are looked at where these prove nothing."""
+    model, first = objective.model, len(X) if first is None else first
+    some = X[:first]
+    repeats = _repeats(model, some, mode)
     yield repeats
     if repeats.verdict == "refused":
         return
-    yield from (Row(f"{mode}: {what}", "replaced", detail) for what, detail in _replaced(model, X))
+    replaced = _replaced(model, some)
+    yield from (Row(f"{mode}: {what}", "replaced", detail) for what, detail in replaced)
+    found: dict[str, list[Row]] = {}
     try:
-        with checked(objective, X, y, seed=seed, prefix=f"{mode}: ") as check:
-            yield from _of_check(check, mode)
+        for examples, targets, number in tries(objective, X, y, first, seed):
+            with checked(objective, examples, targets, seed=number, prefix=f"{mode}: ") as check:
+                settled = _look(check, found)
+            if settled:
+                break
     except DerivativeError as problem:
         yield Row(f"{mode}: the model's own gradient", "refused", str(problem))
         return
+    if check.note is not None:
+        yield Row(f"{mode}{_PRECISION}", "no", check.note)
+    yield from with_fallbacks({engine: found.pop(engine) for engine in _ENGINES})
+    yield from itertools.chain(*found.values())
     if mode == "eval":
-        why = why_not_linear(call_as_it_is(model, X), objective.params)
+        why = why_not_linear(call_as_it_is(model, some), objective.params)
         yield Row("eval: tr(H) = tr(G)", "no" if why else "yes", why or "piecewise linear")
 
 
-def _of_check(check: Check, mode: str) -> Iterator[Row]:
-    if check.note is not None:
-        yield Row(f"{mode}{_PRECISION}", "no", check.note)
-    yield from with_fallbacks({engine: check.hessian(engine) for engine in _ENGINES})
-    yield from check.estimate()
-    yield from check.ggn()
+def _look(check: Check, found: dict[str, list[Row]]) -> bool:
+    """Check what is not settled yet; whether all is now."""
+    looks: dict[str, Callable[[], list[Row]]] = {
+        **{str(engine): partial(check.hessian, engine) for engine in _ENGINES},
+        "estimate": check.estimate,
+        "estimate of G": check.estimate_of_ggn,
+        "penalty on tr(G)": check.ggn,
+    }
+    for name, look in looks.items():
+        if name not in found or not is_settled(found[name]):
+            found[name] = merged(found.get(name, []), look())
+    rest = [row for name, rows in found.items() if name not in _ENGINES for row in rows]
+    return is_settled([*with_fallbacks({e: found[e] for e in _ENGINES}), *rest])
 
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:

@@ -13,7 +13,7 @@ from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.engines import choose_engine
 from hesstrace_cli.errors import DerivativeError, Stopped
 from hesstrace_cli.precision import run_in_precision
-from hesstrace_cli.verdicts import GOOD
+from hesstrace_cli.verdicts import GOOD, Row, merged
 from hesstrace_cli.verify import _rows
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
 from tests.curvature import oracles
@@ -97,13 +97,55 @@ def test_third_derivatives_matter_to_the_hessian_alone(name):
         ("reverse only", "reverse", "forward mode refused"),
         ("logdet", "reverse", "taylor mode, value wrong"),
         ("norm", "reverse", "taylor mode refused"),
-        ("alias in a list", "reverse", "taylor mode, value wrong"),
+        ("alias in a list", "taylor", "agrees"),
     ],
 )
 def test_it_says_which_engine_and_why(name, engine, why):
     found = chosen(build(RIGHT[name]), "hessian")
     assert found.engine == engine
     assert why in found.engine_reason
+
+
+class Rough(nn.Module):
+    """Kinks wherever one looks, for few examples: differences depend on their step."""
+
+    def __init__(self, most=10**9):
+        super().__init__()
+        self.inner, self.head, self.most = nn.Linear(8, 6), nn.Linear(6, 3), most
+
+    def forward(self, X):
+        h = self.inner(X)
+        if len(X) < self.most:
+            h = h + sum(10.0**-n * torch.sin(10.0 ** (2 * n) * h) for n in range(1, 12))
+        return self.head(h)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_what_differences_do_not_settle_is_refused_and_accused(curvature):
+    with pytest.raises(DerivativeError, match=r"cannot be proved.*depend on their step"):
+        chosen(build(Rough), curvature)
+    assert any(row.verdict == "unsettled" for row in accused(build(Rough)))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_more_examples_settle_it_for_both(curvature):
+    model = build(lambda: Rough(16))
+    found = choose_engine(
+        objective_of(model), X, Y, curvature=curvature, compiled=False, single=True, seed=0, first=8
+    )
+    assert "agrees" in found.engine_reason
+    rows = list(_rows(objective_of(model), X, Y, "train", 0, 8))
+    assert all(row.verdict in GOOD for row in rows), rows
+
+
+def test_of_two_tries_what_is_wrong_once_is_wrong():
+    rows = {verdict: Row("a check", verdict, "") for verdict in ("right", "wrong", "unsettled")}
+    for before, now, expected in (
+        ("unsettled", "right", "right"), ("unsettled", "wrong", "wrong"),
+        ("right", "unsettled", "right"), ("right", "wrong", "wrong"), ("wrong", "right", "wrong"),
+        ("unsettled", "unsettled", "unsettled"),
+    ):  # fmt: skip
+        assert [r.verdict for r in merged([rows[before]], [rows[now]])] == [expected]
 
 
 def test_the_same_engine_each_time():

@@ -227,7 +227,7 @@ def test_no_clean_model_is_accused(model, flags, seed, tmp_path):
         time, memory = map(float, re.findall(r"([\d.]+) times", detail))
         assert time > 0
         assert memory > 1  # the penalty's graph comes on top
-    assert sum(verdict == "right" for verdict, _ in rows.values()) == 18
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 20
     piecewise = model == "mlp" or (model == "small-cnn" and "activation=gelu" not in flags)
     assert rows["eval: tr(H) = tr(G)"][0] == ("yes" if piecewise else "no")
 
@@ -245,18 +245,18 @@ def test_what_the_engine_makes_right_is_replaced(model, operation, tmp_path):
     assert code == 0
     replaced = [check for check, (verdict, _) in rows.items() if verdict == "replaced"]
     assert any(operation in check for check in replaced)
-    assert sum(verdict == "right" for verdict, _ in rows.values()) == 18
+    assert sum(verdict == "right" for verdict, _ in rows.values()) == 20
 
 
 def test_what_needs_another_mode_or_fixed_masks_is_not_accused(tmp_path):
     code, rows = run(tmp_path, "ReverseOnly")
     assert code == 0
-    verdict, detail = rows["train: v'Hv, forward mode"]
+    verdict, detail = rows["train: penalty on tr(H), forward mode"]
     assert (verdict, "reverse mode is taken" in detail) == ("no", True)
     code, rows = run(tmp_path, "Dropped")
     assert code == 0
     assert rows["train: results repeat"][0] == "no"
-    assert rows["train: v'Hv, taylor mode, gradient"][0] == "right"
+    assert rows["train: penalty on tr(H), taylor mode, gradient"][0] == "right"
 
 
 def test_units_on_their_kinks_are_no_obstacle(tmp_path):
@@ -273,11 +273,11 @@ def test_units_on_their_kinks_are_no_obstacle(tmp_path):
 @pytest.mark.parametrize(
     ("model", "check", "verdict"),
     [
-        ("DroppingAndWrong", "train: v'Hv, reverse mode, value", "wrong"),
-        ("AlmostRight", "eval: v'Hv, reverse mode, value", "wrong"),
+        ("DroppingAndWrong", "train: penalty on tr(H), reverse mode, value", "wrong"),
+        ("AlmostRight", "eval: penalty on tr(H), reverse mode, value", "wrong"),
         ("Spoilt", "train: the model's own gradient", "refused"),
         ("Elsewhere", "train: results repeat", "refused"),
-        ("NotANumber", "eval: v'Hv, reverse mode, value", "wrong"),
+        ("NotANumber", "eval: penalty on tr(H), reverse mode, value", "wrong"),
     ],
 )
 def test_faults_that_hide(model, check, verdict, tmp_path):
@@ -323,7 +323,7 @@ def test_planted_faults_are_found(model, verdict, tmp_path):
     code, rows = run(tmp_path, model)
     assert code == 5
     found = {check: detail for check, (v, detail) in rows.items() if v == verdict}
-    assert any("v'Hv" in check for check in found), rows
+    assert any("penalty on tr(H)" in check for check in found), rows
     assert any("tr(G)" in check for check in found), rows
     if model == "NoSecond":
         assert any("Activation" in detail for detail in found.values())

@@ -60,8 +60,16 @@ def operation(node: Any) -> str:
     A user's own `autograd.Function` may be called anything: its name is marked.
     """
     if isinstance(node, BackwardCFunction):
-        return f"autograd.Function {type(node).__name__}"
+        return f"autograd.Function {type(node).__name__.removesuffix('Backward')}"
     return re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+
+
+def own_functions(outputs: Tensor) -> set[str]:
+    """The operations behind some outputs whose backward is not PyTorch's own, but a user's."""
+    return {
+        operation(node) for node in topological(outputs)
+        if isinstance(node, BackwardCFunction) or "CppNode" in node.name()
+    }  # fmt: skip
 
 
 def why_not_linear(logits: Tensor, params: Params) -> str | None:

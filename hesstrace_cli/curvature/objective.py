@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> 
         params: Taken instead of the model's own.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with differentiable_ops(order=1):
+    with differentiable_ops(order=1), _reading(model, params or {}):
         return outputs_of(functional_call(model, {**buffers, **(params or {})}, (X,)))
 
 
@@ -97,8 +97,50 @@ def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
     BatchNorm counts its batches in place.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with differentiable_ops():
+    with differentiable_ops(), _reading(model, params):
         return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
+
+
+class _Reading(TorchFunctionMode):
+    """Gives the values asked for to whoever reads a parameter by another name than its own.
+
+    `functional_call` replaces attributes of modules; a parameter may also be in a list, a closure
+    or another object, and would be read from there as it is.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.found = False
+        self._own = [own for own, _ in pairs]  # held, so that their numbers stay theirs
+        self._given = {id(own): given for own, given in pairs}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {name: self._replaced(each) for name, each in (kwargs or {}).items()}
+        return func(*self._replaced(args), **named)
+
+    def _replaced(self, thing: Any) -> Any:
+        if type(thing) in (tuple, list):
+            return type(thing)(map(self._replaced, thing))
+        given = self._given.get(id(thing))
+        self.found |= given is not None
+        return thing if given is None else given
+
+
+def _reading(model: nn.Module, params: Params) -> AbstractContextManager[Any]:
+    if torch.compiler.is_compiling():  # which cannot follow it, see `reads_by_other_names`
+        return nullcontext()
+    pairs = [(p, params[n]) for n, p in model.named_parameters() if params.get(n, p) is not p]
+    return _Reading(pairs) if pairs else nullcontext()
+
+
+def reads_by_other_names(model: nn.Module, X: Tensor) -> bool:
+    """Whether the model reads a parameter in another way than as its module's attribute."""
+    given = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    watch = _Reading([(p, given[name]) for name, p in model.named_parameters()])
+    with torch.no_grad(), random_state_kept(), watch:
+        functional_call(model, {**buffers, **given}, (X,))
+    return watch.found
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class TracePenalty(Regularizer):
         self._graph_checked = False
         self._compiled: Callable[..., Tensor] | None = None
 
-    def check(self, objective: Objective, X: Tensor, y: Tensor) -> None:
-        """Choose the derivatives to take by a trial on some of the first batch.
+    def check(self, objective: Objective, X: Tensor, y: Tensor, first: int) -> None:
+        """Choose the derivatives to take by a trial on the first of some examples, or on all.
 
         Raises:
             DerivativeError: If none is right for this model.
@@ -95,7 +95,7 @@ class TracePenalty(Regularizer):
         config = self.config
         self.engine = choose_engine(
             objective, X, y, curvature=config.curvature, compiled=config.compile,
-            single=config.precision == "float32", seed=config.seed,
+            single=config.precision == "float32", seed=config.seed, first=first,
         )  # fmt: skip
 
     def weight(self, progress: float) -> float:
