@@ -146,13 +146,12 @@ def estimate(
             check_attached(data.objective, X)
         except Detached as problem:
             unfit.append(problem)
-        is_attached = not unfit  # else differences are of another function
 
         @functools.cache
         def doubts() -> list[str]:
             """Of second derivatives, where these are taken."""
-            if not is_attached:
-                return []
+            if any(isinstance(problem, Detached) for problem in unfit):
+                return []  # differences are of another function
             return check_own_functions(data, config.curvature, config.seed)
 
         if config.method in SKETCHES:
