@@ -140,7 +140,7 @@ NO_TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("target", NO_TARGETS, ids=repr)
+@pytest.mark.parametrize("target", NO_TARGETS, ids=lambda target: type(target).__name__)
 def test_targets_that_are_no_numbers_are_refused(target):
     with pytest.raises(DataError):
         target_of(target, "y")
