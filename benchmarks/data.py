@@ -12,7 +12,6 @@ whether a batch takes them less than a step; a batch made on the device adds its
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 
 import torch
@@ -24,7 +23,7 @@ from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.stepcost import seconds_of_steps
-from hesstrace_cli.training import Run
+from hesstrace_cli.trainer import Trainer
 
 
 def seconds_a_batch(split: Split, batch_size: int) -> float:
@@ -56,12 +55,8 @@ def main() -> None:
         "dataset": arguments.dataset, "data_dir": arguments.data_dir, "model": arguments.model,
         "image_size": arguments.image_size, "batch_size": arguments.batch_size, "val_fraction": 0.0,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(
-            TrainConfig(**shared, out=f"{folder}/run", train_examples=arguments.batch_size * 4)
-        )
-        step = seconds_of_steps(run, 5) / 5
-        device = run.device
+    trainer = Trainer.of(TrainConfig(**shared, train_examples=arguments.batch_size * 4))
+    step, device = seconds_of_steps(trainer, 5) / 5, trainer.device
     rows = []
     for workers in arguments.workers:
         split = load_data(DataConfig(**shared, num_workers=workers), device).train

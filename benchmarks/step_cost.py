@@ -36,7 +36,7 @@ from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.state import Sums
 from hesstrace_cli.stepcost import seconds_of_steps
-from hesstrace_cli.training import Run
+from hesstrace_cli.trainer import Trainer
 
 _DRAWS_TIMED = 10
 TRACE: dict[str, Any] = {"reg": ["trace=0.001"], "warmup": 0.0}
@@ -140,17 +140,17 @@ def peak_bytes(config: TrainConfig) -> float:
     device = select_device(config.device)
     gc.collect()
     held_by_others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    run = Run(dataclasses.replace(config, out=f"{config.out}-memory"))
+    trainer = Trainer.of(config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        seconds_of_steps(run, 0)
+        seconds_of_steps(trainer, 0)
         return float(torch.cuda.max_memory_allocated(device) - held_by_others)
-    kept = 3 * sum(p.nbytes for p in run.model.parameters())
-    run.optimizer.zero_grad()
+    kept = 3 * sum(p.nbytes for p in trainer.model.parameters())
+    trainer.optimizer.zero_grad()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        seconds_of_steps(run, 0)
+        seconds_of_steps(trainer, 0)
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
@@ -158,21 +158,22 @@ def peak_bytes(config: TrainConfig) -> float:
     return kept + max(held, default=0)
 
 
-def variance(run: Run, draws: int) -> float | None:
+def variance(trainer: Trainer, draws: int) -> float | None:
     """sum Var(g) / ||E g||^2 of the penalty's gradient g over the draws, unbiased.
 
     Steps at learning rate 0 on one batch: their gradients differ by the penalty's alone, and
     that of the plain loss, the penalty's strength set to 0, is taken off.
     """
-    if "trace" not in run.row or draws < 2:
+    if [r.name for r in trainer.regularizers] != ["trace"] or draws < 2:
         return None
-    (penalty,) = run.regularizers
-    (examples,) = run.examples([torch.arange(run.config.batch_size)])
+    (penalty,) = trainer.regularizers
+    (examples,) = trainer.examples([torch.arange(trainer.config.batch_size)])
 
     def sample(number: int, strength: float) -> Tensor:
         penalty.strength = strength
-        run.stepper.step(examples, number * run.config.every, 0.9, 0.0, Sums.zero(run.device))
-        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        sums = Sums.zero(trainer.device)
+        trainer.stepper.step(examples, number * trainer.config.every, 0.9, 0.0, sums)
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads]).double().cpu()
 
     plain = sample(0, 0.0)
@@ -208,32 +209,31 @@ def main() -> None:
             model=arguments.model, dataset=made_images(Path(folder), arguments), epochs=100,
             batch_size=arguments.batch_size, device=arguments.device, lr=1e-4, val_fraction=0.0,
         )  # fmt: skip
-        print(table(rows, base, Path(folder), arguments))
+        print(table(rows, base, arguments))
 
 
-def table(
-    rows: dict[str, dict[str, Any]], base: TrainConfig, folder: Path, arguments: argparse.Namespace
-) -> str:
+def table(rows: dict[str, dict[str, Any]], base: TrainConfig, arguments: argparse.Namespace) -> str:
     """A row at a time is measured between two measurements of the plain step."""
-    config = dataclasses.replace(base, reg=["none"], out=str(folder / "plain"))
+    config = dataclasses.replace(base, reg=["none"])
     memory = peak_bytes(config)
-    plain = Run(config)
+    plain = Trainer.of(config)
     lines = []
-    for number, (name, settings) in enumerate(rows.items()):
-        config = dataclasses.replace(base, **settings, out=str(folder / str(number)))
+    for name, settings in rows.items():
+        config = dataclasses.replace(base, **settings)
         try:
-            run = Run(config)
+            trainer = Trainer.of(config)
             # What is kept differs from step to step, and with it the time.
-            drops = "trace" in run.row and config.estimator == "dropout"
+            penalized = [r.name for r in trainer.regularizers] == ["trace"]
+            drops = penalized and config.estimator == "dropout"
             steps = _DRAWS_TIMED if drops else config.every
             own_memory = peak_bytes(dataclasses.replace(config, every=1)) / memory
             ratios = []
             for _ in range(arguments.rounds):
                 before = seconds_of_steps(plain, 2) / 2
-                own = seconds_of_steps(run, steps) / steps
+                own = seconds_of_steps(trainer, steps) / steps
                 after = seconds_of_steps(plain, 2) / 2
                 ratios.append(own / ((before + after) / 2))
-            noise = variance(run, arguments.draws) if config.every == 1 else None
+            noise = variance(trainer, arguments.draws) if config.every == 1 else None
         except HesstraceError as problem:
             lines.append([name, "-", "-", "-", str(problem)[:60]])
             continue
@@ -243,7 +243,7 @@ def table(
                       "" if noise is None else f"{noise:.3g}",
                       "" if cost is None else f"{cost:.3g}"])  # fmt: skip
         print("|", " | ".join(lines[-1]), "|", flush=True)
-        del run
+        del trainer
     size = sum(p.numel() for p in plain.model.parameters())
     device = torch.cuda.get_device_name() if plain.device.type == "cuda" else "cpu"
     seconds = seconds_of_steps(plain, 3) / 3

@@ -101,6 +101,15 @@ class Ranks:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers.item())
 
+    def total(self, number: int) -> int:
+        """The sum of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor(number)
+        with meeting():
+            dist.all_reduce(numbers)
+        return int(numbers.item())
+
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
         """All ranks' items, those of the first rank first; of one process as they come."""
         if self.size == 1:

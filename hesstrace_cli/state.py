@@ -106,7 +106,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (is_whole, "a whole number, at least 0"),
     "epoch": (is_whole, "a whole number, at least 0"),
     "seconds": (lambda value: is_number(value) and value >= 0, "a number, at least 0"),
-    "best_accuracy": (is_number, "a number"),
+    "best_score": (lambda value: isinstance(value, float) and value == value, "a number"),
     "sums": (_is_sums, "the sums of an epoch"),
     "scaler": (_is_scaler, "numbers by name"),
     "preprocess": (_is_preprocess, "mean, std, scale and channels"),

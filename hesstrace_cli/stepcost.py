@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.randomness import random_state_kept
-from hesstrace_cli.training import Run
+from hesstrace_cli.trainer import Trainer
 
 _ROUNDS, _STEPS = 5, 4
 
@@ -38,7 +36,7 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
     """Ratios to `none`, every row's steps timed in turn so that a busy machine slows all alike.
 
     Args:
-        configs: One run a row, by the row's name; without `none` there is nothing to compare to.
+        configs: One a row, by the row's name; without `none` there is nothing to compare to.
 
     Returns:
         By name, of steps at full strength; those of a penalty that is added on every k-th step
@@ -48,24 +46,16 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     memory: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: Run(
-                dataclasses.replace(
-                    config, out=str(Path(folder) / str(i)), resume=False, resume_or_start=False
-                )
-            )
-            for i, (name, config) in enumerate(configs.items())
-        }
-        for round_number in range(_ROUNDS):
-            for name, run in runs.items():
-                steps = max(_STEPS, run.config.every)
-                try:
-                    if round_number == 0:
-                        memory[name] = bytes_of_step(run)
-                    seconds[name].append(seconds_of_steps(run, steps) / steps)
-                except NumericsError:  # the same batch again and again may diverge
-                    continue
+    trainers = {name: Trainer.of(config) for name, config in configs.items()}
+    for round_number in range(_ROUNDS):
+        for name, trainer in trainers.items():
+            steps = max(_STEPS, trainer.config.every)
+            try:
+                if round_number == 0:
+                    memory[name] = bytes_of_step(trainer)
+                seconds[name].append(seconds_of_steps(trainer, steps) / steps)
+            except NumericsError:  # the same batch again and again may diverge
+                continue
     medians = {name: statistics.median(own) for name, own in seconds.items() if own}
     return {
         name: StepCost(own / medians["none"], memory[name] / memory["none"])
@@ -73,34 +63,34 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
     }
 
 
-def seconds_of_steps(run: Run, steps: int) -> float:
-    """The time of so many steps at full strength, after one to warm up; the run is spoilt."""
-    rows = torch.arange(min(run.config.batch_size, len(run.data.train)))
-    (examples,) = run.examples([rows])
-    run.step = run.total_steps - 1
+def seconds_of_steps(trainer: Trainer, steps: int) -> float:
+    """The time of so many steps at full strength, after one to warm up; it is spoilt."""
+    rows = torch.arange(min(trainer.config.batch_size, len(trainer.data.train)))
+    (examples,) = trainer.examples([rows])
+    trainer.step = trainer.total_steps - 1
     with random_state_kept():
-        run.take_step(examples)
-        _synchronize(run)
+        trainer.take_step(examples)
+        _synchronize(trainer)
         begin = time.perf_counter()
         for index in range(steps):
-            run.step = run.total_steps - 1 - index
-            run.take_step(examples)
-        _synchronize(run)
+            trainer.step = trainer.total_steps - 1 - index
+            trainer.take_step(examples)
+        _synchronize(trainer)
     return time.perf_counter() - begin
 
 
-def _synchronize(run: Run) -> None:
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
+def _synchronize(trainer: Trainer) -> None:
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
 
 
-def bytes_of_step(run: Run) -> int:
+def bytes_of_step(trainer: Trainer) -> int:
     """Bytes of three copies of the weights, and of all tensors that a step saves for backward.
 
     A storage saved twice counts once, as does one whose memory is used again in the step.
     """
-    size = 3 * sum(p.nbytes for p in run.model.parameters())
-    own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    size = 3 * sum(p.nbytes for p in trainer.model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -110,5 +100,5 @@ def bytes_of_step(run: Run) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        seconds_of_steps(run, 0)
+        seconds_of_steps(trainer, 0)
     return size + sum(saved.values())

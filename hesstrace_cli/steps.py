@@ -21,14 +21,16 @@ from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.parallel import Ranks
 from hesstrace_cli.randomness import random_state, set_random_state
-from hesstrace_cli.regularizers import Part, Regularizer, Step
-from hesstrace_cli.regularizers.trace import TracePenalty
+from hesstrace_cli.regularizers import Coupled, Part, Regularizer, Step
 from hesstrace_cli.state import Sums
 from hesstrace_cli.sync_norm import SyncedNorms
+from hesstrace_cli.tasks import Task
 
 _MOST_SKIPPED = 16  # float16 steps in a row, each at half the scale of the one before
 Examples = tuple[Tensor, Tensor, Part]
-"""Inputs and labels of a part of a batch, and which part it is."""
+"""Inputs and targets of a part of a batch, and which part it is."""
+Gathered = dict[str, list[Tensor]]
+"""By the name of a coupled regularizer what it has summed over the parts of a batch."""
 
 
 def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> list[Part]:
@@ -44,9 +46,25 @@ def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> 
     sharing = max(1, min(ranks.size, num_examples // least))
     rows = torch.arange(num_examples)[ranks.rank % sharing :: sharing]
     if ranks.rank >= sharing:
-        return [Part(rows, num_examples, 0.0)]
+        return [Part(rows, num_examples, 0.0, num_examples, 0.0)]
     parts = rows.tensor_split(max(1, min(rounds, len(rows) // least)))
-    return [Part(part, num_examples, len(part) / num_examples) for part in parts]
+    shares = [len(part) / num_examples for part in parts]
+    return [
+        Part(part, num_examples, share, num_examples, share)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+
+
+def weighed(examples: Sequence[Examples], task: Task, ranks: Ranks) -> Sequence[Examples]:
+    """The parts with their shares of the batch's terms, where examples have unequal numbers."""
+    if task.counts_all:
+        return examples
+    counts = [task.num_terms(y) if part.share else 0 for _, y, part in examples]
+    total = ranks.total(sum(counts))
+    return [
+        (X, y, dataclasses.replace(part, share=count / max(1, total), num_terms=total))
+        for (X, y, part), count in zip(examples, counts, strict=True)
+    ]
 
 
 @dataclass
@@ -98,6 +116,7 @@ class Stepper:
         Raises:
             NumericsError: If the loss or its gradient is not finite; the weights have not moved.
         """
+        examples = weighed(examples, self.objective.task, self.ranks)
         prepared = [self._transformed(*each, index, n) for n, each in enumerate(examples)]
         kept, gathered = self._gathered(prepared, index, progress)
         for group in self.optimizer.param_groups:
@@ -111,9 +130,7 @@ class Stepper:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             if step.part.share:
-                sums.loss += step.loss.detach() * len(step.logits)
-                sums.correct += (step.logits.detach().argmax(1) == each.labels).sum()
-                sums.examples += len(step.logits)
+                self._count(step, each, sums)
         self._sum_gradients(total)
         self.scaler.unscale_(self.optimizer)
         self._check_finite(total, index)
@@ -126,6 +143,15 @@ class Stepper:
         else:
             self._in_a_row = 0
 
+    def _count(self, step: Step, batch: _Prepared, sums: Sums) -> None:
+        task, outputs = self.objective.task, step.outputs.detach()
+        num_terms = round(step.part.share * step.part.num_terms)
+        sums.loss += step.loss.detach() * num_terms
+        right = task.num_right(outputs, batch.clean)
+        if right is not None:
+            sums.correct += right
+        sums.examples += num_terms
+
     def _transformed(self, X: Tensor, y: Tensor, part: Part, index: int, number: int) -> _Prepared:
         own = (index, self.ranks.rank, number)  # another each part
         generator, targets = self.generators("parts", *own), y
@@ -135,8 +161,6 @@ class Stepper:
             X = X.contiguous(memory_format=torch.channels_last)
         for regularizer in self.regularizers:
             X, targets = regularizer.transform(X, targets, generator)
-        if any(regularizer.needs_input_gradient for regularizer in self.regularizers):
-            X = X.detach().requires_grad_()
         shared = self.generators("regularizers", index)
         return _Prepared(X, y, targets, part, generator, shared.get_state())
 
@@ -146,14 +170,14 @@ class Stepper:
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
                 with differentiable_ops(order=self.order):
-                    logits = outputs_of(self.objective.model(batch.X))
+                    outputs = outputs_of(self.objective.model(batch.X))
             else:
-                logits = outputs_of(self._model(batch.X))
+                outputs = outputs_of(self._model(batch.X))
             if not batch.part.share:  # nothing may flow into others' examples through synced norms
-                logits = logits.detach() + 0 * logits
-            loss = self.objective.task.loss(logits, batch.targets)
+                outputs = outputs.detach() + 0 * outputs
+            loss = self.objective.task.loss(outputs, batch.targets)
         return Step(
-            self.objective, batch.X, batch.targets, logits, loss, batch.part, index, progress,
+            self.objective, batch.X, batch.targets, outputs, loss, batch.part, index, progress,
             batch.generator, batch.state,
         )  # fmt: skip
 
@@ -165,7 +189,7 @@ class Stepper:
 
     def _gathered(
         self, prepared: Sequence[_Prepared], index: int, progress: float
-    ) -> tuple[list[Step], list[Tensor] | None]:
+    ) -> tuple[list[Step], Gathered | None]:
         """The steps of the forward passes that need not be done again, and what was gathered.
 
         Every process comes here with the same step, however many examples it has of the batch:
@@ -175,24 +199,29 @@ class Stepper:
             return [], None
         if len(prepared) == 1:
             step = self._forward(prepared[0], index, progress)
-            tensors = self._tensors(step)
-            self.ranks.sum_(tensors)
-            return [step], tensors
+            gathered = self._of_coupled(step)
+            self.ranks.sum_([tensor for own in gathered.values() for tensor in own])
+            return [step], gathered
         # A first round over the parts, which leaves no trace in the model and its randomness.
         buffers = [(b, b.clone()) for b in self.objective.model.buffers()]
-        state, total = random_state(prepared[0].X.device), list[Tensor]()
+        state, total = random_state(prepared[0].X.device), Gathered()
         for each in prepared:
-            tensors = self._tensors(self._forward(each, index, progress))
-            total = [a + b for a, b in zip(total, tensors, strict=True)] if total else tensors
-        self.ranks.sum_(total)
+            for name, own in self._of_coupled(self._forward(each, index, progress)).items():
+                so_far = total.setdefault(name, [torch.zeros_like(tensor) for tensor in own])
+                total[name] = [a + b for a, b in zip(so_far, own, strict=True)]
+        self.ranks.sum_([tensor for own in total.values() for tensor in own])
         set_random_state(state, prepared[0].X.device)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
         return [], total
 
-    def _tensors(self, step: Step) -> list[Tensor]:
-        return [tensor.detach() for r in self.regularizers for tensor in r.gather(step)]
+    def _of_coupled(self, step: Step) -> Gathered:
+        return {
+            r.name: [tensor.detach() for tensor in r.gather(step)]
+            for r in self.regularizers
+            if isinstance(r, Coupled)
+        }
 
     def _add_terms(self, step: Step, sums: Sums, *, first: bool) -> Tensor:
         """This part's share of the loss with its terms."""
@@ -209,7 +238,7 @@ class Stepper:
                 plain = term.plain
             weight = share if term.is_mean else 1.0
             total = total + term.weight * weight * term.value
-            if isinstance(regularizer, TracePenalty):
+            if regularizer.logged_as is not None:
                 said = weight if not term.is_whole else float(first and self.ranks.is_first)
                 sums.penalty += term.value.detach() * said
                 sums.penalty_steps += first
@@ -245,7 +274,7 @@ class _Prepared:
     """A part after the regularizers' transforms."""
 
     X: Tensor
-    labels: Tensor
+    clean: Tensor  # targets
     targets: Tensor
     part: Part
     generator: Generator

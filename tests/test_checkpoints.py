@@ -186,14 +186,15 @@ def test_fractions_do_not_become_whole_numbers():
 
 WRONG = (None, "x", True, -1, 1.5, float("nan"), [], [0], {}, {"a": "b"}, torch.zeros(2))
 RIGHT = {
-    "seconds": (1.5,), "best_accuracy": (-1, 1.5), "scaler": ({},), "versions": ({}, {"a": "b"}),
+    "seconds": (1.5,), "best_score": (1.5,),
+    "scaler": ({},), "versions": ({}, {"a": "b"}),
     "state_dict": ({},),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "field",
-    ["state_dict", "config", "optimizer", "step", "epoch", "seconds", "best_accuracy", "sums",
+    ["state_dict", "config", "optimizer", "step", "epoch", "seconds", "best_score", "sums",
      "scaler", "preprocess", "num_classes", "in_shape", "versions"],
 )  # fmt: skip
 def test_every_field_of_our_own_is_checked_as_it_is_read(tmp_path, checkpoint, field):

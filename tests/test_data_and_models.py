@@ -80,15 +80,15 @@ def test_files_read_by_workers_give_the_run_of_one_tensor(tmp_path):
     assert isinstance(held.data.train, TensorSplit)
     for workers in (0, 2):
         run = train_to_end(tmp_path / f"workers-{workers}", num_workers=workers, **settings)
-        assert isinstance(run.data.train, DatasetSplit)
+        assert isinstance(run.trainer.data.train, DatasetSplit)
         for name, tensor in held.model.state_dict().items():
-            assert torch.equal(tensor, run.model.state_dict()[name])
+            assert torch.equal(tensor, run.trainer.model.state_dict()[name])
     stopped = make_run(tmp_path / "stopped", num_workers=2, **settings)
     with pytest.raises(Stopped):
         list(stopped.advance(lambda: 15 if stopped.step == 3 else None))
     again = train_to_end(tmp_path / "stopped", num_workers=2, resume=True, **settings)
     for name, tensor in held.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name])
+        assert torch.equal(tensor, again.trainer.model.state_dict()[name])
 
 
 @pytest.mark.parametrize("side", [4, 8, 28, 32])

@@ -247,7 +247,9 @@ def test_a_run_says_its_engine_and_resumes_with_it(curvature, tmp_path):
     list(rest.advance())
     assert all(
         torch.equal(a, b)
-        for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True)
+        for a, b in zip(
+            whole.trainer.model.parameters(), rest.trainer.model.parameters(), strict=True
+        )
     )
 
 

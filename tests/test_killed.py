@@ -86,8 +86,8 @@ def test_killed_between_two_writes(tmp_path, monkeypatch, call):
     run.lock.release()
     again = train_to_end(tmp_path / "r", resume=True, **settings)
     assert records(tmp_path / "r") == records(tmp_path / "whole")
-    for k, v in whole.model.state_dict().items():
-        assert torch.equal(v, again.model.state_dict()[k])
+    for k, v in whole.trainer.model.state_dict().items():
+        assert torch.equal(v, again.trainer.model.state_dict()[k])
 
 
 def test_what_a_killed_start_left_is_no_run(tmp_path):

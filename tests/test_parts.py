@@ -24,7 +24,7 @@ PENALTIES = [
 
 
 def weights_of(run):
-    return dict(run.model.state_dict())
+    return dict(run.trainer.model.state_dict())
 
 
 def assert_close(a, b, **tolerance):
@@ -50,9 +50,9 @@ def test_accumulation_equals_the_big_batch(tmp_path, penalty):
 def test_accumulation_counts_its_statistics_once(tmp_path):
     settings = {"reg": "trace=0.01,dropout=0.5", "accumulate": 2, "warmup": 0}
     run = train_to_end(tmp_path / "a", **settings)
-    counts = [b for n, b in run.model.named_buffers() if "num_batches" in n]
+    counts = [b for n, b in run.trainer.model.named_buffers() if "num_batches" in n]
     assert counts
-    assert all(int(c) == 2 * run.total_steps for c in counts)  # once a part, not twice
+    assert all(int(c) == 2 * run.trainer.total_steps for c in counts)  # once a part, not twice
 
 
 @pytest.mark.parametrize("reg", ["sam", "grad-norm=0.1"])

@@ -26,10 +26,13 @@ import torch
 from hesstrace_cli.regularizers import Regularizer, Term
 
 class Slope(Regularizer):
-    order, needs_input_gradient = 2, True
+    order = 2
+
+    def transform(self, X, targets, generator):
+        return X.detach().requires_grad_(), targets
 
     def term(self, step):
-        (g,) = torch.autograd.grad(step.logits.square().sum(), step.X, create_graph=True)
+        (g,) = torch.autograd.grad(step.outputs.square().sum(), step.X, create_graph=True)
         return Term(self.strength, g.square().sum() / len(step.X))
 """
 
@@ -87,24 +90,24 @@ def _stepped(case: Case, folder: Path) -> list[dict[str, torch.Tensor]]:
         **{"model_arg": {"width": 3, "norm": norm}, "train_examples": 2 * BATCH, "epochs": 3,
            "batch_size": BATCH, "val_fraction": 0, "warmup": 0, "lr": 0.01, **settings},
     )  # fmt: skip
-    run.model.double()
-    train = dataclasses.replace(run.data.train, dtype=torch.float64)
-    run.data = dataclasses.replace(run.data, train=train)
+    run.trainer.model.double()
+    train = dataclasses.replace(run.trainer.data.train, dtype=torch.float64)
+    run.trainer.data = dataclasses.replace(run.trainer.data, train=train)
     after = []
     least = 2 if norm == "batch" else 1  # one example has no batch statistics
     for size in range(BATCH, least - 1, -1):
-        (examples,) = run.examples([torch.arange(size)])
-        run.take_step(examples)
-        run.step += 1
-        after.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
-    sums = run._reduce()
+        (examples,) = run.trainer.examples([torch.arange(size)])
+        run.trainer.take_step(examples)
+        run.trainer.step += 1
+        after.append({name: p.detach().clone() for name, p in run.trainer.model.named_parameters()})
+    sums = run.trainer.reduce()
     figures = {"loss": sums.loss, "correct": sums.correct, "penalty": sums.penalty}
     after.append({**figures, "examples": torch.tensor(sums.examples), **_buffers(run)})
     return after
 
 
 def _buffers(run):
-    return {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    return {name: buffer.clone() for name, buffer in run.trainer.model.named_buffers()}
 
 
 def _work(rank, ports):
@@ -165,12 +168,14 @@ def _in_halves():
         run = make_run(Path(name), **STOPPED)
         if stop is not None:
             with pytest.raises(Stopped):
-                list(run.advance(lambda run=run, stop=stop: 15 if run.step == stop else None))
+                list(
+                    run.advance(lambda run=run, stop=stop: 15 if run.trainer.step == stop else None)
+                )
             run = make_run(Path(name), resume=True, **STOPPED)
-            assert run.step == stop % run.total_steps
+            assert run.trainer.step == stop % run.trainer.total_steps
         list(run.advance())
         run.finish()
-        states.append((dict(run.model.state_dict()), run.best_accuracy))
+        states.append((dict(run.trainer.model.state_dict()), run.trainer.best_score))
     return states
 
 
@@ -199,10 +204,12 @@ def _probes(ranks):
         return probe
 
     trace.draw_probe = recorded
-    same = run.data.train.subset(torch.arange(10).repeat(8))
+    same = run.trainer.data.train.subset(torch.arange(10).repeat(8))
     config = EstimateConfig(method="hutchinson", num_probes=3, batch_size=10)
     values = [
-        estimate(run.model, same, dataclasses.replace(config, seed=seed), ranks=ranks).result
+        estimate(
+            run.trainer.model, same, dataclasses.replace(config, seed=seed), ranks=ranks
+        ).result
         for seed in (0, 0, 1)
     ]
     return torch.stack(drawn), [value.total.value for value in values]

@@ -24,7 +24,7 @@ def stopped(tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped") / "r"
     run = make_run(out, **SETTINGS)
     with pytest.raises(Stopped):
-        list(run.advance(lambda: 15 if run.step == 6 else None))
+        list(run.advance(lambda: 15 if run.trainer.step == 6 else None))
     return out
 
 
@@ -127,7 +127,7 @@ def test_a_state_that_does_not_fit(folder, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "field", ["optimizer", "step", "epoch", "seconds", "best_accuracy", "sums", "scaler",
+    "field", ["optimizer", "step", "epoch", "seconds", "best_score", "sums", "scaler",
               "preprocess", "num_classes", "in_shape"]
 )  # fmt: skip
 def test_a_state_that_lacks_a_field(folder, monkeypatch, field):
@@ -249,7 +249,9 @@ def test_made_longer_while_the_schedule_had_not_begun_to_fall(tmp_path):
     train_to_end(tmp_path / "whole", epochs=5, **settings)
     run = make_run(tmp_path / "r", epochs=4, **settings)  # the first fall is at 30 %
     with pytest.raises(Stopped):
-        list(run.advance(lambda: 15 if run.step == run.steps_per_epoch + 1 else None))
+        list(
+            run.advance(lambda: 15 if run.trainer.step == run.trainer.steps_per_epoch + 1 else None)
+        )
     train_to_end(tmp_path / "r", epochs=5, resume=True, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "r")
 

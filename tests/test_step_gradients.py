@@ -42,10 +42,10 @@ def names(settings):
 def gradient_of_one_step(out, **settings):
     """Of the loss with its penalty, at the initial weights."""
     run = make_run(out, warmup=0, **settings)
-    if run.stepper.scaler.is_enabled():  # where no gradient overflows
-        run.stepper.scaler = GradScaler("cpu", init_scale=64.0)
+    if run.trainer.stepper.scaler.is_enabled():  # where no gradient overflows
+        run.trainer.stepper.scaler = GradScaler("cpu", init_scale=64.0)
     next(run.advance())
-    return torch.cat([p.grad.flatten().double() for p in run.model.parameters()])
+    return torch.cat([p.grad.flatten().double() for p in run.trainer.model.parameters()])
 
 
 def gradient_in_float64(out, **settings):
@@ -57,10 +57,10 @@ def gradient_in_float64(out, **settings):
     """
     run = make_run(out, warmup=0, **settings)
     seen = []
-    run.take_step = seen.append
+    run.trainer.take_step = seen.append
     next(run.advance())
     ((X, y, _),) = seen[0]
-    model, X, config = copy.deepcopy(run.model).double(), X.double(), run.config
+    model, X, config = copy.deepcopy(run.trainer.model).double(), X.double(), run.config
     params = dict(model.named_parameters())
     sizes = [p.numel() for p in params.values()]
 
@@ -103,15 +103,15 @@ def gradient_in_float64(out, **settings):
     total = gradient(loss, w)
     if "trace" not in run.row:
         return total
-    generator = run.stepper.generators("regularizers", 0)
+    generator = run.trainer.stepper.generators("regularizers", 0)
     scheme = config.dropout_scheme if config.estimator == "dropout" else "none"
     settings = {"scheme": scheme, "keep_prob": config.keep_prob, "generator": generator}
     share = run.row["trace"] / config.num_probes
-    single = dict(run.model.named_parameters())
+    single = dict(run.trainer.model.named_parameters())
     for _ in range(config.num_probes):
-        if run.curvature.curvature == "ggn":
+        if run.trainer.regularizers[0].choice.curvature == "ggn":
             factors = flat(draw_keep(single, **settings))
-            like = torch.empty(len(X), run.num_logits)
+            like = torch.empty(len(X), run.trainer.num_outputs)
             signs = rademacher(like, generator=generator).double()
             total += share * gradient_of_g(w, factors, signs)
         else:

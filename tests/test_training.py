@@ -17,7 +17,7 @@ from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
 from hesstrace_cli.estimation import top_eigenvalue
 from hesstrace_cli.parallel import Ranks
 from hesstrace_cli.regularizers import trace
-from hesstrace_cli.training import learning_rate
+from hesstrace_cli.schedule import learning_rate
 from tests.conftest import make_run, train_to_end
 
 PENALTIES = [
@@ -29,7 +29,7 @@ PENALTIES = [
 
 
 def weights(run):
-    return {k: v.clone() for k, v in run.model.state_dict().items()}
+    return {k: v.clone() for k, v in run.trainer.model.state_dict().items()}
 
 
 def same(a, b):
@@ -57,11 +57,11 @@ def test_resume_equals_an_uninterrupted_run(settings, tmp_path):
     for at in (2, 5):  # in the middle of the first and of the second epoch
         run = make_run(out, resume=at > 2, **settings)
         with pytest.raises(Stopped) as stopped:
-            for _ in run.advance(lambda run=run, at=at: 15 if run.step >= at else None):
+            for _ in run.advance(lambda run=run, at=at: 15 if run.trainer.step >= at else None):
                 pass
         assert stopped.value.exit_code == 143
     resumed = make_run(out, resume=True, **settings)
-    assert resumed.step == 5
+    assert resumed.trainer.step == 5
     for _ in resumed.advance():
         pass
     assert same(weights(whole), weights(resumed))
@@ -84,40 +84,42 @@ def test_resume_with_changed_settings_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path):
     run = make_run(tmp_path / "a")
     with torch.no_grad():
-        next(run.model.parameters()).fill_(float("inf"))
+        next(run.trainer.model.parameters()).fill_(float("inf"))
     before = weights(run)
     with pytest.raises(NumericsError, match="before the weights moved"):
         next(run.advance())
     after = weights(run)
-    for name, _ in run.model.named_parameters():
+    for name, _ in run.trainer.model.named_parameters():
         assert torch.equal(before[name], after[name])
 
 
 def test_batch_statistics_are_updated_once_a_step(tmp_path):
     run = train_to_end(tmp_path / "a", reg="trace=0.001", curvature="hessian", warmup=0)
-    counts = [b for n, b in run.model.named_buffers() if "num_batches" in n]
+    counts = [b for n, b in run.trainer.model.named_buffers() if "num_batches" in n]
     assert counts
-    assert all(int(c) == run.total_steps for c in counts)
+    assert all(int(c) == run.trainer.total_steps for c in counts)
 
 
 def test_auto_says_what_it_chose(tmp_path):
     run = make_run(tmp_path / "a", reg="trace=0.01")
-    assert run.curvature.curvature == "ggn"
-    assert "batch statistics" in run.curvature.reason
+    assert run.trainer.regularizers[0].choice.curvature == "ggn"
+    assert "batch statistics" in run.trainer.regularizers[0].choice.reason
     asked = make_run(tmp_path / "b", reg="trace=0.01", curvature="hessian")
     assert asked.curvature.curvature == "hessian"
 
 
 def test_every_and_warmup(tmp_path):
     run = make_run(tmp_path / "a", reg="trace=0.1", every=2, warmup=0.5, batch_size=16)
-    (penalty,) = run.regularizers
+    (penalty,) = run.trainer.regularizers
     assert penalty.weight(0.0) == 0
     assert penalty.weight(0.25) == pytest.approx(0.05)
     assert penalty.weight(0.75) == pytest.approx(0.1)
     for _ in run.advance():
-        if run.step == 3:
+        if run.trainer.step == 3:
             break
-    assert run.sums.penalty_steps == 1  # of the steps 0, 1, 2: 0 has no strength, 1 is skipped
+    assert (
+        run.trainer.sums.penalty_steps == 1
+    )  # of the steps 0, 1, 2: 0 has no strength, 1 is skipped
 
 
 def test_run_folder(tmp_path):
@@ -130,7 +132,7 @@ def test_run_folder(tmp_path):
     assert summary["trace"]["schema"] == "hesstrace/trace/1"
     checkpoint = read_checkpoint(tmp_path / "a" / "last.pt")
     assert same(checkpoint.state_dict, weights(run))
-    assert len(run.data.val) == 20
+    assert len(run.trainer.data.val) == 20
     assert run.finished
 
 
@@ -152,14 +154,16 @@ def test_half_precision_run_is_resumed_and_evaluated_in_full(tmp_path):
     whole = train_to_end(tmp_path / "a", **settings)
     run = make_run(tmp_path / "b", **settings)
     with pytest.raises(Stopped):
-        list(run.advance(lambda: 15 if run.step == 5 else None))
+        list(run.advance(lambda: 15 if run.trainer.step == 5 else None))
     again = train_to_end(tmp_path / "b", resume=True, **settings)
     assert same(weights(whole), weights(again))
     summary = again.finish()
     assert summary["trace"]["dtype"] == "float32"
-    again.model.eval()
-    X, _ = next(again.data.test.batches(4))
-    assert torch.equal(again.model(X), type(again.model).forward(again.model, X))
+    again.trainer.model.eval()
+    X, _ = next(again.trainer.data.test.batches(4))
+    assert torch.equal(
+        again.trainer.model(X), type(again.trainer.model).forward(again.trainer.model, X)
+    )
 
 
 def test_kept_checkpoints_monitored_trace_and_events(tmp_path):
@@ -191,10 +195,10 @@ def test_memory_does_not_grow(tmp_path, curvature):
     )  # fmt: skip
     counts = []
     for _ in run.advance():
-        if run.step % 100 == 0:
+        if run.trainer.step % 100 == 0:
             gc.collect()
             counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-    assert run.step == 500
+    assert run.trainer.step == 500
     assert len(counts) == 5
     assert max(counts) - min(counts) <= 5
 
@@ -204,7 +208,7 @@ def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
     with pytest.raises(NumericsError, match="before the weights moved"):
         list(run.advance())
     lines = [json.loads(x) for x in run.folder.metrics.read_text().splitlines()]
-    assert lines[0]["skipped_steps"] == run.steps_per_epoch
+    assert lines[0]["skipped_steps"] == run.trainer.steps_per_epoch
 
 
 @pytest.mark.parametrize(
@@ -214,28 +218,30 @@ def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
 )  # fmt: skip
 def test_resumed_in_mid_epoch_with_randomness_of_every_kind(tmp_path, settings):
     whole, run = (make_run(tmp_path / name, **settings, batch_size=50) for name in "ab")
-    if run.stepper.scaler.is_enabled():  # not the scale that a new run begins with
+    if run.trainer.stepper.scaler.is_enabled():  # not the scale that a new run begins with
         for each in (whole, run):
             each.stepper.scaler = GradScaler("cpu", init_scale=128.0)
     list(whole.advance())
     with pytest.raises(Stopped):
-        list(run.advance(lambda: 15 if run.step == 2 else None))
+        list(run.advance(lambda: 15 if run.trainer.step == 2 else None))
     again = train_to_end(tmp_path / "b", resume=True, **settings, batch_size=50)
     assert same(weights(whole), weights(again))
-    assert again.best_accuracy == whole.best_accuracy
-    assert again.stepper.scaler.state_dict() == whole.stepper.scaler.state_dict()
+    assert again.trainer.best_score == whole.trainer.best_score
+    assert again.trainer.stepper.scaler.state_dict() == whole.trainer.stepper.scaler.state_dict()
 
 
 def test_best_accuracy_survives_a_resume(tmp_path):
     run = make_run(tmp_path / "a", epochs=3)
     with pytest.raises(Stopped):
-        list(run.advance(lambda: 15 if run.step == run.steps_per_epoch + 1 else None))
-    run.best_accuracy = 2.0  # above what any epoch reaches
+        list(
+            run.advance(lambda: 15 if run.trainer.step == run.trainer.steps_per_epoch + 1 else None)
+        )
+    run.trainer.best_score = 2.0  # above what any epoch reaches
     run._save(run.folder.last)
     run.lock.release()
     before = (tmp_path / "a" / "best.pt").read_bytes()
     again = train_to_end(tmp_path / "a", epochs=3, resume=True)
-    assert again.best_accuracy == 2.0
+    assert again.trainer.best_score == 2.0
     assert (tmp_path / "a" / "best.pt").read_bytes() == before
 
 
@@ -255,21 +261,21 @@ def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
     assert not torch.equal(*drawn)
 
     run = make_run(tmp_path / "b", accumulate=2, augment="crop-flip", batch_size=100)
-    generators = run.stepper.generators
-    run.stepper.generators = lambda *key: (keys.append(key), generators(*key))[1]
+    generators = run.trainer.stepper.generators
+    run.trainer.stepper.generators = lambda *key: (keys.append(key), generators(*key))[1]
     seen = []
-    run.model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    run.trainer.model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     list(run.advance())
     numbers = [key for key in keys if key[0] == "augmentation"]
-    assert len(numbers) == len(set(numbers)) == 2 * run.total_steps
+    assert len(numbers) == len(set(numbers)) == 2 * run.trainer.total_steps
     monkeypatch.setattr(Ranks, "sum_", lambda *_: None)
-    run.stepper.ranks = Ranks(1, 2)
+    run.trainer.stepper.ranks = Ranks(1, 2)
     keys.clear()
-    (examples,) = run.examples([torch.arange(100)])
-    run.step = 0
-    run.take_step(examples)
+    (examples,) = run.trainer.examples([torch.arange(100)])
+    run.trainer.step = 0
+    run.trainer.take_step(examples)
     assert not set(keys) & set(numbers)
-    plain = {tuple(x.flatten().tolist()) for x in next(run.data.train.batches(1000))[0]}
+    plain = {tuple(x.flatten().tolist()) for x in next(run.trainer.data.train.batches(1000))[0]}
     assert any(tuple(x.flatten().tolist()) not in plain for x in seen[1])  # cropped
 
 
@@ -279,7 +285,7 @@ def test_rounds_of_a_batch_see_the_same_dropout_masks(tmp_path):
         model_arg={"width": 4, "norm": "none"},
     )  # fmt: skip
     outputs = []
-    run.model.register_forward_hook(lambda _m, _i, output: outputs.append(output.detach()))
+    run.trainer.model.register_forward_hook(lambda _m, _i, output: outputs.append(output.detach()))
     next(run.advance())
     first, second, *again = outputs[-4:]  # the gathering round, then the step's own
     assert torch.equal(first, again[0])
@@ -290,7 +296,7 @@ def test_rounds_of_a_batch_see_the_same_dropout_masks(tmp_path):
 def test_channels_last_reaches_the_model(tmp_path):
     run = make_run(tmp_path / "a", channels_last=True, model_arg={"width": 4})
     seen = []
-    run.model[3].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    run.trainer.model[3].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     next(run.advance())
     assert seen[-1].is_contiguous(memory_format=torch.channels_last)
     assert not seen[-1].is_contiguous()
@@ -309,9 +315,9 @@ def test_learning_rates():
 def test_the_summary_is_of_the_splits_it_names(tmp_path):
     run = train_to_end(tmp_path / "a", epochs=6, train_examples=None, top_eigenvalue=True)
     summary = run.finish()
-    model = run.model.eval()
+    model = run.trainer.model.eval()
     for name in ("train", "val", "test"):
-        split = getattr(run.data, name)
+        split = getattr(run.trainer.data, name)
         X, y = next(split.batches(len(split)))
         logits = model(X).detach()
         accuracy, loss = (logits.argmax(1) == y).float().mean(), F.cross_entropy(logits, y)
@@ -321,28 +327,28 @@ def test_the_summary_is_of_the_splits_it_names(tmp_path):
     bins = [(sure > i / 15) & (sure <= (i + 1) / 15) for i in range(15)]
     gaps = sum((right[b].sum() - sure[b].sum()).abs() for b in bins) / len(y)
     assert summary["calibration_error"] == pytest.approx(gaps.item(), rel=1e-4)
-    train = run.data.train
+    train = run.trainer.data.train
     top = top_eigenvalue(model, train, len(train), 0)
     assert summary["top_eigenvalue"] == pytest.approx(top, rel=1e-2)
-    assert top_eigenvalue(model, run.data.test, 600, 0) != pytest.approx(top, rel=1e-2)
+    assert top_eigenvalue(model, run.trainer.data.test, 600, 0) != pytest.approx(top, rel=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_ends_at_the_logits(tmp_path, precision):
     run = make_run(tmp_path / "a", precision=precision, reg="trace=0.01", warmup=0)
-    run.model.train()
-    X, _ = next(run.data.train.batches(10))
+    run.trainer.model.train()
+    X, _ = next(run.trainer.data.train.batches(10))
     seen = []
-    run.model[0].register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
-    assert run.model(X).dtype == torch.float32
+    run.trainer.model[0].register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    assert run.trainer.model(X).dtype == torch.float32
     assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]]
 
 
 def test_a_gradient_that_is_infinite_beside_a_finite_loss_moves_nothing(tmp_path):
     run = make_run(tmp_path / "a")
     before = weights(run)
-    next(iter(run.model.parameters())).register_hook(lambda g: g * float("inf"))
+    next(iter(run.trainer.model.parameters())).register_hook(lambda g: g * float("inf"))
     with pytest.raises(NumericsError, match="gradient's norm"):
         next(run.advance())
-    params = dict(run.model.named_parameters())
+    params = dict(run.trainer.model.named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in params.items())

@@ -51,8 +51,8 @@ def compare(
         return
     settings = resolve(CompareConfig, flags, config)
 
-    with_trace = any("trace" in row for rows in settings.candidates() for row in rows)
-    warn_of_unused(settings, with_trace=with_trace)
+    names = {name for rows in settings.candidates() for row in rows for name in row}
+    warn_of_unused(settings, names)
 
     with screen.doing("loading"):
         from hesstrace_cli import grid

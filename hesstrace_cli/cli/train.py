@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.signals import StopRequest, number_of
-from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name
+from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row, resolve, row_name
 from hesstrace_cli.errors import Stopped
 from hesstrace_cli.paths import is_file
 from hesstrace_cli.records import selected
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from hesstrace_cli.training import Run
 
 _MANY_SKIPPED = 1  # the first steps look for the scale
-_TRACE_FLAGS = ("estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup")
 
 
 @with_options(TrainConfig)
@@ -29,7 +29,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     """
     settings = resolve(TrainConfig, flags, _stored(flags) if config is None else config)
     row = parse_row(settings.reg, settings.lambda_)
-    warn_of_unused(settings, with_trace="trace" in row)
+    warn_of_unused(settings, row)
 
     with screen.doing(f"loading {settings.dataset} and {settings.model}"):
         from hesstrace_cli.training import Run
@@ -46,23 +46,30 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
 
 
-def warn_of_unused(settings: TrainConfig, *, with_trace: bool) -> None:
-    """Name the settings that were changed, by flag or YAML, and have no effect."""
+def warn_of_unused(settings: TrainConfig, names: Collection[str]) -> None:
+    """Name the settings that were changed, by flag or YAML, and have no effect.
+
+    Args:
+        settings: The command's.
+        names: The regularizers used, in any row.
+    """
     default = TrainConfig()
 
     def changed(*names: str) -> list[str]:
         return [n for n in names if getattr(settings, n) != getattr(default, n)]
 
-    reasons = []
-    if not with_trace:
-        reasons.append((changed(*_TRACE_FLAGS, "curvature"), "--reg has no trace"))
-    elif settings.estimator == "hutchinson":
+    reasons = [
+        (changed(*declared.settings), f"--reg has no {name}")
+        for name, declared in REGULARIZERS.items()
+        if name not in names
+    ]
+    if "trace" in names and settings.estimator == "hutchinson":
         reasons.append((changed("dropout_scheme", "keep_prob"), "--estimator is hutchinson"))
     if settings.optimizer == "adamw":
         reasons.append((changed("momentum"), "--optimizer is adamw"))
-    for names, reason in reasons:
-        if names:
-            flags = ", ".join("--" + name.replace("_", "-") for name in names)
+    for own, reason in reasons:
+        if own:
+            flags = ", ".join("--" + name.replace("_", "-") for name in own)
             screen.say(f"warning: {flags} is without effect, as {reason}")
 
 
@@ -83,11 +90,11 @@ def _stored(flags: dict[str, Any]) -> str | None:
 
 def train_with_progress(run: Run, label: str) -> dict[str, Any]:
     """Train to the end and show where it is: a line an epoch, on a terminal above a bar."""
-    epochs, metric = run.config.epochs, run.data.task.selection.metric
-    with StopRequest() as stop, screen.progress_bar(run.total_steps) as move:
+    epochs, metric = run.config.epochs, run.trainer.data.task.selection.metric
+    with StopRequest() as stop, screen.progress_bar(run.trainer.total_steps) as move:
         for progress in run.advance(stop):
             if move is not None:
-                move(f"epoch {progress.epoch}/{epochs} {label}", run.step)
+                move(f"epoch {progress.epoch}/{epochs} {label}", run.trainer.step)
             if progress.record is not None:
                 line = _epoch_line(progress.record, epochs, metric)
                 screen.say(f"{label}: {line}" if move is None else line)

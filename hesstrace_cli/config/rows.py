@@ -5,55 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from hesstrace_cli.config.declared import Declared, built_in
 from hesstrace_cli.config.hints import did_you_mean, likely
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class StrengthSpec:
-    """One regularizer: what the number behind NAME= means, and what makes it.
-
-    Attributes:
-        made_by: Its class, as `module:Class`, imported when it is used.
-        default: The strength used where none is given.
-        unit: What the strength multiplies or measures.
-        maximum: Largest value allowed; infinite where any is.
-        is_penalty: Whether it adds a weighted term to the loss, so that `--lambda` may name it.
-    """
-
-    made_by: str
-    default: float
-    unit: str
-    maximum: float = math.inf
-    is_penalty: bool = False
-
-
-_HERE = "hesstrace_cli.regularizers"
-REGULARIZERS: dict[str, StrengthSpec] = {
-    "trace": StrengthSpec(
-        f"{_HERE}.trace:TracePenalty", 0.01, "weight of tr(H) or tr(G)", is_penalty=True
-    ),
-    "jacobian": StrengthSpec(
-        f"{_HERE}.jacobian:JacobianPenalty", 0.01, "weight of ||df/dx||^2 / 2", is_penalty=True
-    ),
-    "confidence": StrengthSpec(
-        f"{_HERE}.confidence:ConfidencePenalty", 0.1, "weight of minus the entropy", is_penalty=True
-    ),
-    "grad-norm": StrengthSpec(
-        f"{_HERE}.grad_norm:GradientNorm", 0.01, "weight of ||grad L||", is_penalty=True
-    ),
-    "label-smoothing": StrengthSpec(
-        f"{_HERE}.label_smoothing:LabelSmoothing", 0.1, "share spread over the classes", 1.0
-    ),
-    "cutout": StrengthSpec(f"{_HERE}.cutout:Cutout", 8, "side in pixels"),
-    "mixup": StrengthSpec(f"{_HERE}.mixup:Mixup", 0.2, "alpha of Beta(alpha, alpha)"),
-    "dropout": StrengthSpec(f"{_HERE}.dropout:Dropout", 0.2, "drop probability", 0.95),
-    "sam": StrengthSpec(f"{_HERE}.sam:SharpnessAware", 0.05, "radius rho"),
-    "nso": StrengthSpec(f"{_HERE}.nso:NoiseStability", 0.01, "standard deviation of the noise"),
-}
+REGULARIZERS: dict[str, Declared] = built_in()
 
 UNUSED_LAMBDA = (
     "--lambda is given, but no penalty without a strength of its own that it could be for; "
@@ -170,9 +128,11 @@ def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]
     for name, strength in terms:
         if strength is None:
             strength = lambda_ if name in open_penalties else None
-        if strength is None and name not in REGULARIZERS:
+        if strength is None and name in REGULARIZERS:
+            strength = REGULARIZERS[name].default
+        if strength is None:
             raise ConfigError(f"{name!r} has no default strength; write {name}=STRENGTH")
-        row[name] = REGULARIZERS[name].default if strength is None else strength
+        row[name] = strength
     return row
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from hesstrace_cli.config import REGULARIZERS, TrainConfig
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.plugins import call_factory, load_factory
-from hesstrace_cli.regularizers.base import Part, Regularizer, Step, Term
+from hesstrace_cli.regularizers.base import Coupled, Part, Regularizer, Setting, Step, Term
 
-__all__ = ["Part", "Regularizer", "Step", "Term", "build"]
+__all__ = ["Coupled", "Part", "Regularizer", "Setting", "Step", "Term", "build"]
 
 
 def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
@@ -18,7 +18,7 @@ def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
     Args:
         row: Strengths by name, as `config.parse_row` gives them; a name may be a user's
             `FILE.py:Class`.
-        config: The run's settings, `curvature` resolved.
+        config: The run's settings.
 
     Raises:
         ConfigError: If a user's file or class is not there, or is no regularizer.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective, call_as_it_is
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,45 @@ class Part:
     Attributes:
         rows: Their positions in the whole batch.
         num_examples: Of the whole batch.
-        share: The weight of their mean in that of the whole; 0 where they only keep a process
-            busy that has no examples of its own.
+        share: The weight of their mean loss in that of the whole, their terms over its terms; 0
+            where they only keep a process busy that has no examples of its own.
+        num_terms: M, the terms of the whole batch.
+        example_share: The weight of a mean over their examples in that over all of the batch's.
     """
 
     rows: Tensor
     num_examples: int
     share: float
+    num_terms: int
+    example_share: float
 
     @property
     def is_whole(self) -> bool:
         """Whether they are the batch."""
         return len(self.rows) == self.num_examples and self.share == 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a regularizer sees before the first step.
+
+    Attributes:
+        objective: The loss to be trained on, its model in training mode.
+        X: Some inputs, of the first batch and more.
+        y: Their targets.
+        num_tried: So many of these, the first, are enough for a trial, if they prove something.
+        num_outputs: Of the model: the classes, or the numbers of a target.
+        total_steps: Of the run.
+        ranks: The processes of the job.
+    """
+
+    objective: Objective
+    X: Tensor
+    y: Tensor
+    num_tried: int
+    num_outputs: int
+    total_steps: int
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -39,29 +69,29 @@ class Step:
     Attributes:
         objective: The loss trained on as a function of the parameters, in training mode.
         X: The inputs, as the model saw them, of this part of the batch.
-        targets: Class numbers (N,) or probabilities (N, C).
-        logits: Of the ordinary forward pass, shape (N, C), with their graph.
-        loss: Of those logits, 0-dim, with its graph.
+        targets: As the task has them, transformed like the inputs.
+        outputs: Of the ordinary forward pass, with their graph.
+        loss: Of those outputs, 0-dim, with its graph.
         part: Where these examples stand in the whole batch.
         index: Number of the step in the run, from 0.
         progress: The share of the run that is done, in [0, 1).
         generator: Source of this regularizer's randomness in this step, on the device.
         state: Of the randomness that all parts of the batch share; see `shared_generator`.
-        gathered: What `Regularizer.gather` gave, summed over the parts; None where the batch has
-            one part.
+        gathered: What each `Coupled.gather` gave, by its name, summed over the parts; None where
+            the batch has one part.
     """
 
     objective: Objective
     X: Tensor
     targets: Tensor
-    logits: Tensor
+    outputs: Tensor
     loss: Tensor
     part: Part
     index: int
     progress: float
     generator: Generator
     state: Tensor
-    gathered: list[Tensor] | None = None
+    gathered: Mapping[str, list[Tensor]] | None = None
 
     def shared_generator(self) -> Generator:
         """A generator that gives the same numbers for every part of the batch, at every call."""
@@ -87,8 +117,8 @@ class Term:
         weight: Its strength at this step.
         value: What is weighted, 0-dim, with a graph to the parameters.
         replaces: Whether it stands in the place of the plain loss, rather than beside it.
-        is_mean: Whether it is a mean over this part's examples, to be weighted with its share;
-            else its gradients over the parts sum to that of the whole as they are.
+        is_mean: Whether it is a mean over this part's terms, to be weighted with its share; else
+            its gradients over the parts sum to that of the whole as they are.
         is_whole: Whether its value is that of the whole batch, to be counted once.
         plain: The plain loss, weighted with its share, with a graph, where the term's own pass
             gave it on the way.
@@ -113,42 +143,66 @@ class Term:
 class Regularizer:
     """Changes a step's batch, its loss, or the model; every hook does nothing by default.
 
+    A class declares in its body, as plain values, what `config.declared` reads: `name`, `default`,
+    `unit`, `maximum`, `is_penalty`, `settings`.
+
     Attributes:
-        strength: The number behind `NAME=`; its unit is in `config.REGULARIZERS`.
-        config: The run's settings, `curvature` resolved.
+        strength: The number behind `NAME=`.
+        config: The run's settings.
         name: As the user gave it.
         order: The highest derivative taken through the ordinary forward pass; 2 and more
             make it run inside `differentiable_ops(order=...)`.
-        needs_input_gradient: Whether the ordinary forward pass must keep a graph to the inputs.
-        label_smoothing: Of the cross-entropy trained on.
         splits: Whether a batch may come in parts, over several processes or rounds.
+        logged_as: The name of its terms' mean value in the record of an epoch; None for none.
     """
 
     name: str = ""
     order: int = 1
-    needs_input_gradient: bool = False
-    label_smoothing: float = 0.0
     splits: bool = True
+    logged_as: ClassVar[str | None] = None
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         self.strength = strength
         self.config = config
 
-    def attach(self, model: nn.Module) -> None:
-        """Change the model, once, before the first step; its parameters' names must stay."""
+    def attach(self, objective: Objective) -> Objective:
+        """Change the model or the loss, once, before the first step; parameters' names must stay.
+
+        Returns:
+            The loss to train on.
+        """
+        return objective
+
+    def prepare(self, setting: Setting) -> None:
+        """Look at what is to be trained, once, after all have been attached."""
 
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """The batch to train on."""
         return X, targets
 
-    def gather(self, step: Step) -> list[Tensor]:
-        """What must be summed over all parts of the batch before `term`; nothing for means."""
-        return []
-
     def gives_loss(self, index: int, progress: float) -> bool:
-        """Whether its term in this step has the plain loss, so that no other needs a graph."""
+        """Whether its term in this step has the plain loss, or stands in its place.
+
+        If so, and no other has a term, the ordinary forward pass needs no graph.
+        """
         return False
 
     def term(self, step: Step) -> Term | None:
         """The term that this step's loss gets; None for none."""
         return None
+
+    def description(self) -> dict[str, Any] | None:
+        """What the summary of the run says of it; None for nothing."""
+        return None
+
+
+class Coupled(Regularizer):
+    """A regularizer whose term is no mean, and needs sums over all parts of the batch first."""
+
+    def gather(self, step: Step) -> list[Tensor]:
+        """What must be summed over all parts of the batch before `term`."""
+        raise NotImplementedError
+
+    def gathered(self, step: Step) -> list[Tensor] | None:
+        """These sums; None where the batch has one part."""
+        return None if step.gathered is None else step.gathered[self.name]

@@ -9,21 +9,17 @@ Source:
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
-
-
-def mean_entropy(logits: Tensor) -> Tensor:
-    """(1/N) sum_i H(p_i) in nats, 0-dim, of logits (N, C)."""
-    return torch.special.entr(F.softmax(logits, dim=1)).sum(1).mean()
 
 
 class ConfidencePenalty(Regularizer):
     """Adds minus the mean entropy."""
 
+    name = "confidence"
+    default = 0.1
+    unit = "weight of minus the entropy"
+    is_penalty = True
+
     def term(self, step: Step) -> Term:
         """Minus the mean entropy."""
-        return Term(self.strength, -mean_entropy(step.logits))
+        return Term(self.strength, -step.objective.task.entropy(step.outputs, step.targets))

@@ -18,6 +18,10 @@ from hesstrace_cli.regularizers.base import Regularizer
 class Cutout(Regularizer):
     """Erases a square of `strength` pixels a side."""
 
+    name = "cutout"
+    default = 8
+    unit = "side in pixels"
+
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Erase a square of every image.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.regularizers.base import Regularizer
 
@@ -19,12 +20,18 @@ from hesstrace_cli.regularizers.base import Regularizer
 class Dropout(Regularizer):
     """Drops each feature with probability `strength`, in training mode only."""
 
-    def attach(self, model: nn.Module) -> None:
+    name = "dropout"
+    default = 0.2
+    unit = "drop probability"
+    maximum = 0.95
+
+    def attach(self, objective: Objective) -> Objective:
         """Put it in front of the model's last linear layer.
 
         Raises:
             ModelError: If the model has no `torch.nn.Linear`.
         """
+        model = objective.model
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ModelError("dropout stands before the last torch.nn.Linear; the model has none")
@@ -34,3 +41,4 @@ class Dropout(Regularizer):
             return (features, *inputs[1:])
 
         linear[-1].register_forward_pre_hook(drop)
+        return objective

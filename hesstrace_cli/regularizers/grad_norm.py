@@ -19,6 +19,11 @@ from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 class GradientNorm(Regularizer):
     """Penalizes the norm of the batch's gradient."""
 
+    name = "grad-norm"
+    default = 0.01
+    unit = "weight of ||grad L||"
+    is_penalty = True
+
     order = 2
     splits = False
 

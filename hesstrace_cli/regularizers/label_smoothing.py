@@ -6,13 +6,20 @@ Source:
 
 from __future__ import annotations
 
-from hesstrace_cli.config import TrainConfig
+import dataclasses
+
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.regularizers.base import Regularizer
 
 
 class LabelSmoothing(Regularizer):
     """Trains on cross-entropy with the target (1 - epsilon) onehot + epsilon / C."""
 
-    def __init__(self, strength: float, config: TrainConfig) -> None:
-        super().__init__(strength, config)
-        self.label_smoothing = strength
+    name = "label-smoothing"
+    default = 0.1
+    unit = "share spread over the classes"
+    maximum = 1.0
+
+    def attach(self, objective: Objective) -> Objective:
+        """Smooth the targets of the loss."""
+        return dataclasses.replace(objective, task=objective.task.smoothed(self.strength))

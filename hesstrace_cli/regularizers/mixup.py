@@ -8,22 +8,30 @@ Source:
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from hesstrace_cli.regularizers.base import Regularizer
+from hesstrace_cli.regularizers.base import Regularizer, Setting
 
 
 class Mixup(Regularizer):
     """Mixes with a weight drawn from Beta(strength, strength)."""
 
+    name = "mixup"
+    default = 0.2
+    unit = "alpha of Beta(alpha, alpha)"
+
+    def prepare(self, setting: Setting) -> None:
+        """Learn what targets become numbers that can be mixed."""
+        self._mixable = partial(setting.objective.task.mixable, num_outputs=setting.num_outputs)
+        self._mixable(setting.y)
+
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Mix; class numbers become probabilities."""
-        if not targets.is_floating_point():
-            assert self.config.num_classes is not None
-            targets = F.one_hot(targets, self.config.num_classes).to(X.dtype)
+        targets = self._mixable(targets).to(X.dtype)
         seed = torch.randint(1 << 62, (), generator=generator, device=X.device).item()
         share = float(np.random.default_rng(int(seed)).beta(self.strength, self.strength))
         order = torch.randperm(len(X), generator=generator, device=X.device)

@@ -16,6 +16,14 @@ from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 class NoiseStability(Regularizer):
     """Trains on the mean loss at w + noise and w - noise, of standard deviation `strength`."""
 
+    name = "nso"
+    default = 0.01
+    unit = "standard deviation of the noise"
+
+    def gives_loss(self, index: int, progress: float) -> bool:
+        """Its term stands in the place of the loss."""
+        return True
+
     def term(self, step: Step) -> Term:
         """The mean of the two losses."""
         noise = {

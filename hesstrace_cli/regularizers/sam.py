@@ -18,6 +18,10 @@ from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 class SharpnessAware(Regularizer):
     """Trains on the loss at distance `strength` up the gradient, in place of the plain loss."""
 
+    name = "sam"
+    default = 0.05
+    unit = "radius rho"
+
     splits = False
 
     def term(self, step: Step) -> Term:

@@ -11,6 +11,7 @@ Source:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,9 @@ from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe
 from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.derivatives import FAILURES
 from hesstrace_cli.engines import Engine, choose_engine
+from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.failures import is_of_the_machine
-from hesstrace_cli.regularizers.base import Regularizer, Step, Term
+from hesstrace_cli.regularizers.base import Coupled, Setting, Step, Term
 from hesstrace_cli.schedule import ramp
 
 
@@ -54,7 +56,7 @@ class CurvatureChoice:
 def choose_curvature(asked: str, objective: Objective, X: Tensor) -> CurvatureChoice:
     """Resolve `--curvature auto` for a model in training mode.
 
-    G is chosen for every softmax cross-entropy: it is never negative, costs about half, and its
+    G is chosen for every task: it is never negative, costs about half, and its
     estimate varies less. With batch statistics there is no other choice: tr(H) through them has
     no lower bound, and training on it falls apart.
     """
@@ -65,38 +67,72 @@ def choose_curvature(asked: str, objective: Objective, X: Tensor) -> CurvatureCh
     return CurvatureChoice("ggn", "auto: tr(G) is never negative and its estimate varies less")
 
 
-class TracePenalty(Regularizer):
+class TracePenalty(Coupled):
     """lambda tr(H) or lambda tr(G) of the batch's mean loss, in training mode.
 
     Args:
         strength: lambda at full strength, in units of loss per trace.
-        config: Estimator, scheme, keep probability, probes, interval, warm-up, and the curvature,
-            already resolved.
+        config: Estimator, scheme, keep probability, probes, interval, warm-up and curvature.
     """
+
+    name = "trace"
+    default = 0.01
+    unit = "weight of tr(H) or tr(G)"
+    is_penalty = True
+
+    settings = (
+        "estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup", "curvature",
+    )  # fmt: skip
+    logged_as = "penalty_trace"
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         super().__init__(strength, config)
-        # Compiled, the penalty takes a forward pass of its own.
-        self.order = 2 if config.curvature == "ggn" and not config.compile else 1
-        self.splits = self.order == 2 or config.curvature == "hessian"
         self.scheme: Scheme = "none"
         if config.estimator == "dropout":
             self.scheme = cast(Scheme, config.dropout_scheme)
         self.engine = Engine("taylor", "not checked")
+        self._take(CurvatureChoice(config.curvature, "as asked for"))
         self._graph_checked = False
         self._compiled: Callable[..., Tensor] | None = None
 
-    def check(self, objective: Objective, X: Tensor, y: Tensor, first: int) -> None:
-        """Choose the derivatives to take by a trial on the first of some examples, or on all.
+    def _take(self, choice: CurvatureChoice) -> None:
+        self.choice = choice
+        # Compiled, the penalty takes a forward pass of its own.
+        self.order = 2 if self.of_g and not self.config.compile else 1
+        self.splits = self.order == 2 or not self.of_g
+
+    @property
+    def of_g(self) -> bool:
+        """Whether the penalty is on tr(G)."""
+        return self.choice.curvature == "ggn"
+
+    def prepare(self, setting: Setting) -> None:
+        """Choose the curvature, and the derivatives to take by a trial on some of the first batch.
 
         Raises:
-            DerivativeError: If none is right for this model.
+            ConfigError: If the run is too short for the penalty to be added once.
+            DerivativeError: If no derivative is right for this model.
         """
-        config = self.config
-        self.engine = choose_engine(
-            objective, X, y, curvature=config.curvature, compiled=config.compile,
-            single=config.precision == "float32", seed=config.seed, first=first,
+        config, objective = self.config, setting.objective
+        if 1 < setting.total_steps <= config.every and config.warmup > 0:
+            raise ConfigError(
+                f"--every is {config.every}, but the run has {setting.total_steps} steps: the "
+                "penalty would never be added"
+            )
+        self._take(choose_curvature(config.curvature, objective, setting.X[:2]))
+        engine = choose_engine(
+            objective, setting.X, setting.y, curvature=self.choice.curvature,
+            compiled=config.compile, single=config.precision == "float32", seed=config.seed,
+            first=setting.num_tried,
         )  # fmt: skip
+        self.engine = setting.ranks.from_first(engine)
+
+    def description(self) -> dict[str, Any]:
+        """What the penalty is of, by which rule and derivatives, and its settings."""
+        settings = {n: getattr(self.config, n) for n in self.settings if n != "curvature"}
+        engine = dataclasses.asdict(self.engine)
+        del engine["others"]
+        return {**dataclasses.asdict(self.choice), **engine, **settings}
 
     def weight(self, progress: float) -> float:
         """Lambda after this share of the run."""
@@ -107,7 +143,7 @@ class TracePenalty(Regularizer):
 
     def gather(self, step: Step) -> list[Tensor]:
         """For tr(G), which is not additive: each probe's sum over the examples."""
-        if self.config.curvature != "ggn" or not self._is_active(step.index, step.progress):
+        if not self.of_g or not self._is_active(step.index, step.progress):
             return []
         return [g for _, grads in self._root_gradients(step) for g in grads.values()]
 
@@ -115,7 +151,7 @@ class TracePenalty(Regularizer):
         """The unbiased sample of the trace, averaged over the probes."""
         if not self._is_active(step.index, step.progress):
             return None
-        of_g, plain = self.config.curvature == "ggn", None
+        of_g, plain = self.of_g, None
         try:
             if self.config.compile:
                 samples = self._compiled_samples(step)
@@ -129,41 +165,42 @@ class TracePenalty(Regularizer):
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
             raise refuse(problem, step.objective, step.X) from problem
-        is_mean = self.config.compile or (of_g and step.gathered is None)
+        is_mean = self.config.compile or (of_g and self.gathered(step) is None)
         is_whole = of_g and not is_mean
         weight = self.weight(step.progress)
         return Term(weight, value, is_mean=is_mean, is_whole=is_whole, plain=plain)
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """For tr(H) by Taylor propagation."""
-        by_taylor = self.config.curvature == "hessian" and self.engine.engine == "taylor"
+        by_taylor = not self.of_g and self.engine.engine == "taylor"
         return by_taylor and not self.config.compile and self._is_active(index, progress)
 
     def _root_gradients(self, step: Step) -> Iterator[tuple[Params, dict[str, Tensor]]]:
-        """For every probe what is kept, and sum_i J_i^T B_i e_i over this part's examples."""
-        params, logits, part = step.objective.params, step.logits, step.part
+        """For every probe what is kept, and sum_m J_m^T B_m e_m over this part's terms."""
+        params, outputs, part = step.objective.params, step.outputs, step.part
         generator = step.shared_generator()
         for _ in range(self.config.num_probes):
             keep = draw_keep(
                 params, scheme=self.scheme, keep_prob=self.config.keep_prob, generator=generator
             )
-            like = logits.new_empty((part.num_examples, logits.shape[1]))
+            like = outputs.new_empty((part.num_examples, *outputs.shape[1:]))
             signs = rademacher(like, generator=generator)
             if not part.is_whole:
                 signs = signs[part.rows.to(signs.device, non_blocking=True)]
-            cotangent = step.objective.task.root(logits, step.targets, signs)
-            yield keep, root_gradient(logits, params, cotangent, keep)
+            cotangent = step.objective.task.root(outputs, step.targets, signs)
+            yield keep, root_gradient(outputs, params, cotangent, keep)
 
     def _ggn_samples(self, step: Step) -> list[Tensor]:
-        samples, size = [], step.part.num_examples
-        gathered = iter(step.gathered or ())
+        samples, num_terms = [], step.part.num_terms
+        gathered = self.gathered(step)
+        sums = iter(gathered or ())
         for keep, local in self._root_gradients(step):
-            if step.gathered is None:
-                parts = traces_of(local, keep, size)
+            if gathered is None:
+                parts = traces_of(local, keep, num_terms)
                 samples.append(torch.stack(list(parts.values())).sum())
             else:
-                whole = {n: next(gathered) for n in local}
-                samples.append(trace_sample_of_parts(local, whole, keep, size))
+                whole = {n: next(sums) for n in local}
+                samples.append(trace_sample_of_parts(local, whole, keep, num_terms))
         return samples
 
     def _compiled_samples(self, step: Step) -> list[Tensor]:
@@ -174,21 +211,21 @@ class TracePenalty(Regularizer):
             settings: dict[str, Any] = {
                 "scheme": self.scheme, "keep_prob": self.config.keep_prob, "generator": generator
             }  # fmt: skip
-            if self.config.curvature == "ggn":
+            if self.of_g:
                 keep = draw_keep(params, **settings)
-                zero = step.logits.new_zeros(())
+                zero = step.outputs.new_zeros(())
                 factors = {name: keep.get(name, zero) for name in params}
-                drawn.append((rademacher(step.logits, generator=generator), factors))
+                drawn.append((rademacher(step.outputs, generator=generator), factors))
             else:
                 probe = draw_probe(params, **settings)
                 zeros = {n: torch.zeros_like(p) for n, p in params.items()}
-                drawn.append((step.logits.new_zeros(()), zeros | probe))
+                drawn.append((step.outputs.new_zeros(()), zeros | probe))
         if not self._graph_checked:  # by the same function, before it is compiled
             given = (params, step.X, step.targets, *drawn[0])
-            check_graph(_sample(step.objective, self.config.curvature, *given))
+            check_graph(_sample(step.objective, self.choice.curvature, *given))
             self._graph_checked = True
         if self._compiled is None:
-            sample = partial(_sample, step.objective, self.config.curvature)
+            sample = partial(_sample, step.objective, self.choice.curvature)
             self._compiled = torch.compile(sample, dynamic=False)
         return [self._compiled(params, step.X, step.targets, *each) for each in drawn]
 

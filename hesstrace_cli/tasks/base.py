@@ -62,6 +62,7 @@ class Task(ABC):
 
     Attributes:
         name: As `--task` has it.
+        counts_all: Whether every example has as many terms as any other.
         expects: What outputs and targets must look like, half a sentence for an error.
         loss_name: What the mean is of, for a sentence: "cross-entropy".
         selection: What the best epoch and a strength are picked by.
@@ -70,6 +71,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    counts_all: ClassVar[bool] = True
     expects: ClassVar[str]
     loss_name: ClassVar[str]
     selection: ClassVar[Selection]
@@ -123,6 +125,15 @@ class Task(ABC):
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over the M terms of a batch, 0-dim; 0 where there is none."""
+
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """How many terms the outputs are right on, 0-dim; None where that is no question."""
+        return None
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether outputs are right or not."""
+        return type(self).num_right is not Task.num_right
 
     @abstractmethod
     def meter(self) -> Meter:

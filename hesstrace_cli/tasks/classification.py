@@ -48,6 +48,11 @@ class Classification(SoftmaxTask):
         else:
             self.check_weights(outputs.shape[1])
 
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Those whose largest logit is that of their class."""
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        return (outputs.argmax(1) == labels).sum()
+
     def meter(self) -> Meter:
         """Accuracy, its mean over the classes, and the calibration error."""
         return ClassMeter()

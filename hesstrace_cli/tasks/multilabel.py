@@ -73,6 +73,10 @@ class Multilabel(Task):
         """(1 / (N D)) sum of the binary cross-entropies."""
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of labels that are right, summed over examples."""
+        return ((outputs > 0) == (targets > 0.5)).double().mean(1).sum()
+
     def meter(self) -> Meter:
         """Accuracy over labels, share of examples with all labels right, and F1."""
         return LabelMeter()

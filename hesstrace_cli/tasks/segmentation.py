@@ -22,6 +22,7 @@ class Segmentation(SoftmaxTask):
     """
 
     name: ClassVar[str] = "segmentation"
+    counts_all: ClassVar[bool] = False
     expects: ClassVar[str] = "logits (N, C, H, W) and class numbers (N, H, W)"
     loss_name: ClassVar[str] = "cross-entropy of pixels"
     selection: ClassVar[Selection] = Selection("mean_iou", higher_is_better=True)
@@ -41,6 +42,11 @@ class Segmentation(SoftmaxTask):
     def target_dim(self) -> tuple[int, ...]:
         """(N, H, W)."""
         return (3,)
+
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Those that count and whose largest logit is that of their class."""
+        right = outputs.argmax(self.class_dim) == targets
+        return (right & (targets != self.ignore_index)).sum()
 
     def meter(self) -> Meter:
         """Pixel accuracy and the mean intersection over union."""

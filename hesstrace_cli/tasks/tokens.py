@@ -23,6 +23,7 @@ class Tokens(SoftmaxTask):
     """
 
     name: ClassVar[str] = "tokens"
+    counts_all: ClassVar[bool] = False
     expects: ClassVar[str] = "logits (N, T, C) and class numbers (N, T)"
     loss_name: ClassVar[str] = "cross-entropy of tokens"
     selection: ClassVar[Selection] = Selection("perplexity", higher_is_better=False)
@@ -46,6 +47,11 @@ class Tokens(SoftmaxTask):
     def target_dim(self) -> tuple[int, ...]:
         """(N, T)."""
         return (2,)
+
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Those that count and whose largest logit is that of their class."""
+        right = outputs.argmax(self.class_dim) == targets
+        return (right & (targets != self.ignore_index)).sum()
 
     def meter(self) -> Meter:
         """Perplexity and accuracy."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from torch import nn
 from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row
 from hesstrace_cli.curvature.objective import Objective, trainable
 from hesstrace_cli.errors import ConfigError, ModelError
-from hesstrace_cli.regularizers import Part, Step, build
+from hesstrace_cli.parallel import ALONE
+from hesstrace_cli.regularizers import Part, Setting, Step, build
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 
@@ -26,16 +26,20 @@ def generator(seed=0):
 
 def the(name, strength, **settings):
     (regularizer,) = build({name: strength}, dataclasses.replace(CONFIG, **settings))
+    if name == "mixup":
+        model, X, y = make("gelu", train=True)
+        objective = Objective(model, trainable(model))
+        regularizer.prepare(Setting(objective, X, y, len(X), 3, 10, ALONE))
     return regularizer
 
 
 def step_of(regularizer, case="gelu", seed=0, objective=None):
     model, X, y = make(case, train=True)
     objective = objective or Objective(model, trainable(model))
-    X = X.requires_grad_(regularizer.needs_input_gradient)
+    X, _ = regularizer.transform(X, y, generator())
     logits = objective.model(X)
     loss = objective.task.loss(logits, y)
-    whole = Part(torch.arange(len(X)), len(X), 1.0)
+    whole = Part(torch.arange(len(X)), len(X), 1.0, len(X), 1.0)
     draws = generator(seed)
     return Step(objective, X, y, logits, loss, whole, 0, 0.5, draws, draws.get_state())
 
@@ -70,7 +74,7 @@ def test_jacobian():
 def test_confidence():
     penalty = the("confidence", 0.3)
     step = step_of(penalty)
-    p = F.softmax(step.logits, 1)
+    p = F.softmax(step.outputs, 1)
     entropy = -(p * p.log()).sum(1).mean()
     term = penalty.term(step)
     torch.testing.assert_close(term.weight * term.value, -0.3 * entropy)
@@ -79,10 +83,11 @@ def test_confidence():
 def test_label_smoothing():
     regularizer = the("label-smoothing", 0.3)
     step = step_of(regularizer)
-    smoothed = partial(F.cross_entropy, label_smoothing=regularizer.label_smoothing)
+    model, _, _ = make("gelu", train=True)
+    smoothed = regularizer.attach(Objective(model, trainable(model))).task.loss
     target = 0.7 * F.one_hot(step.targets, 3) + 0.1
-    by_hand = -(target * F.log_softmax(step.logits, 1)).sum(1).mean()
-    torch.testing.assert_close(smoothed(step.logits, step.targets), by_hand)
+    by_hand = -(target * F.log_softmax(step.outputs, 1)).sum(1).mean()
+    torch.testing.assert_close(smoothed(step.outputs, step.targets), by_hand)
 
 
 def test_cutout():

@@ -7,20 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from hesstrace_cli.errors import Stopped
-from hesstrace_cli.regularizers.confidence import mean_entropy
 from hesstrace_cli.regularizers.jacobian import jacobian_sample
+from hesstrace_cli.tasks import Classification
 from tests.conftest import make_run, train_to_end
 
 
 def outputs(run):
-    run.model.eval()
-    X, y = next(run.data.train.batches(1000))
+    run.trainer.model.eval()
+    X, y = next(run.trainer.data.train.batches(1000))
     X = X.requires_grad_()
-    return X, y, run.model(X)
+    return X, y, run.trainer.model(X)
 
 
 def entropy(run):
-    return mean_entropy(outputs(run)[2]).item()
+    _, y, logits = outputs(run)
+    return Classification().entropy(logits, y).item()
 
 
 def jacobian(run):
@@ -32,7 +33,7 @@ def jacobian(run):
 def gradient_norm(run):
     _, y, logits = outputs(run)
     loss = F.cross_entropy(logits, y)
-    grads = torch.autograd.grad(loss, list(run.model.parameters()))
+    grads = torch.autograd.grad(loss, list(run.trainer.model.parameters()))
     return torch.nn.utils.get_total_norm(grads).item()
 
 
@@ -82,8 +83,8 @@ def test_all_at_once_and_resumed(tmp_path):
         for _ in half.advance(lambda: 15 if half.step == 3 else None):
             pass
     rest = train_to_end(tmp_path / "b", reg=reg, resume=True)
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(value, rest.model.state_dict()[key])
+    for key, value in whole.trainer.model.state_dict().items():
+        assert torch.equal(value, rest.trainer.model.state_dict()[key])
 
 
 def test_a_users_own(tmp_path, plain):
@@ -92,7 +93,7 @@ def test_a_users_own(tmp_path, plain):
         "from hesstrace_cli.regularizers import Regularizer, Term\n"
         "class LogitNorm(Regularizer):\n"
         "    def term(self, step):\n"
-        "        return Term(self.strength, step.logits.square().sum(1).mean())\n"
+        "        return Term(self.strength, step.outputs.square().sum(1).mean())\n"
     )
     mine = train_to_end(tmp_path / "b", reg=f"{file}:LogitNorm=0.1,trace=0.001", **SETTINGS)
     norms = [outputs(run)[2].square().mean() for run in (mine, plain)]

@@ -1,0 +1,85 @@
+"""What the regularizers declare of themselves, read from their files without importing them.
+
+A help text must not import torch, which the regularizers are made of. Each class says in its body,
+as plain values, what its strength means:
+
+    class Mine(Regularizer):
+        name = "mine"          # as --reg has it; a user's class is named by its file
+        default = 0.01         # strength where none is given
+        unit = "weight of ..."
+        is_penalty = True      # a weighted term, so that --lambda may name it
+        maximum = 1.0          # largest strength allowed
+        settings = ("every",)  # of `hesstrace train`, which have no effect without it
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One regularizer: what the number behind NAME= means, and what makes it.
+
+    Attributes:
+        made_by: Its class, as `module:Class`, imported when it is used.
+        name: As `--reg` has it.
+        default: The strength used where none is given; None for none.
+        unit: What the strength multiplies or measures.
+        maximum: Largest value allowed; infinite where any is.
+        is_penalty: Whether it adds a weighted term to the loss, so that `--lambda` may name it.
+        settings: Those of `hesstrace train` that have no effect without it.
+    """
+
+    made_by: str
+    name: str
+    default: float | None = None
+    unit: str = "strength"
+    maximum: float = math.inf
+    is_penalty: bool = False
+    settings: tuple[str, ...] = ()
+
+
+_NAMES = [item.name for item in dataclasses.fields(Declared) if item.name != "made_by"]
+
+
+def declared_in(file: Path, module: str) -> list[Declared]:
+    """What the classes in a file declare, those with a name.
+
+    Args:
+        file: Python source.
+        module: The name it is imported by.
+    """
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            said = _values(node)
+            if "name" in said:
+                found.append(Declared(f"{module}:{node.name}", **said))
+    return found
+
+
+def _values(node: ast.ClassDef) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for line in node.body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            name = line.targets[0].id
+            if name in _NAMES:
+                said[name] = ast.literal_eval(line.value)
+    return said
+
+
+def built_in() -> dict[str, Declared]:
+    """The regularizers of this package by name, the trace penalty first."""
+    folder = Path(__file__).parents[1] / "regularizers"
+    found = [
+        each
+        for file in sorted(folder.glob("[!_]*.py"))
+        for each in declared_in(file, f"hesstrace_cli.regularizers.{file.stem}")
+    ]
+    return {each.name: each for each in sorted(found, key=lambda each: each.name != "trace")}
