@@ -54,7 +54,7 @@ def assert_nothing_moves(folder, monkeypatch, match, error=ModelError, **setting
 
 
 def test_as_it_is_it_goes_on(folder):
-    assert make_run(folder, resume=True, **SETTINGS).step == 6
+    assert make_run(folder, resume=True, **SETTINGS).trainer.step == 6
 
 
 OTHERS = {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.amp import GradScaler
 from torch.func import functional_call
 
+from hesstrace_cli.config import parse_row
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, rademacher
 from hesstrace_cli.errors import ConfigError
 from tests.conftest import make_run
@@ -101,12 +102,13 @@ def gradient_in_float64(out, **settings):
 
     w = torch.cat([p.detach().flatten() for p in params.values()])
     total = gradient(loss, w)
-    if "trace" not in run.row:
+    row = parse_row(config.reg, None)
+    if "trace" not in row:
         return total
     generator = run.trainer.stepper.generators("regularizers", 0)
     scheme = config.dropout_scheme if config.estimator == "dropout" else "none"
     settings = {"scheme": scheme, "keep_prob": config.keep_prob, "generator": generator}
-    share = run.row["trace"] / config.num_probes
+    share = row["trace"] / config.num_probes
     single = dict(run.trainer.model.named_parameters())
     for _ in range(config.num_probes):
         if run.trainer.regularizers[0].choice.curvature == "ggn":

@@ -158,7 +158,7 @@ def _one_by_one(
         board.show([(name, 0, epochs)], len(pending) - number)
         try:
             run = Run(planned.config)
-            say_once(run.data.task_note, said)
+            say_once(run.trainer.data.task_note, said)
             with StopRequest() as stop:
                 for progress in run.advance(stop):
                     if progress.record is not None:

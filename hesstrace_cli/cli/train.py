@@ -35,8 +35,8 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         from hesstrace_cli.training import Run
 
         run = Run(settings)
-    if run.data.task_note is not None:
-        screen.say(run.data.task_note)
+    if run.trainer.data.task_note is not None:
+        screen.say(run.trainer.data.task_note)
     if run.finished:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())

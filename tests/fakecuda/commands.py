@@ -85,14 +85,14 @@ def waits() -> dict:
         given = {"train_examples": 60, "batch_size": 10, "epochs": 2, "warmup": 0.0,
                  "device": "cuda", "out": f"{FOLDER}/waits{number}", **settings}  # fmt: skip
         run = Run(resolve(TrainConfig, given, None))
-        batches = list(run.examples(list(torch.arange(20).split(10))))
-        run.take_step(batches[0])
+        batches = list(run.trainer.examples(list(torch.arange(20).split(10))))
+        run.trainer.take_step(batches[0])
         with logged() as log:
-            run.take_step(batches[1])
+            run.trainer.take_step(batches[1])
         found[name] = {"waits": log.waits, "unordered": log.unordered}
         if name == "none":
             with logged() as log:
-                evaluate(run.model, run.data.test, 50)
+                evaluate(run.trainer.model, run.trainer.data.test, 50)
             found["an evaluation"] = {"waits": log.waits}
     A = torch.randn(300, 300, device="cuda")
     with logged() as log:

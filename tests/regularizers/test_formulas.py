@@ -128,15 +128,16 @@ def test_dropout():
     nn.init.ones_(model[1].weight)
     X = torch.randn(5, 3)
     plain = model(X)
-    the("dropout", 0.25).attach(model)
+    the("dropout", 0.25).attach(Objective(model, trainable(model)))
     assert torch.equal(model.eval()(X), plain)
     model.train()
     nn.init.ones_(model[0].weight)
     nn.init.zeros_(model[0].bias)
     kept = model(torch.ones(1, 3)) / (3 / 0.75)  # each feature is 3, scaled by 1 / .75
     assert abs(kept[0, 0].item() / 400 - 0.75) < 0.1
+    without = nn.Conv2d(1, 1, 1)
     with pytest.raises(ModelError, match="Linear"):
-        the("dropout", 0.1).attach(nn.Conv2d(1, 1, 1))
+        the("dropout", 0.1).attach(Objective(without, trainable(without)))
 
 
 @pytest.mark.parametrize("case", ["gelu", "batch_norm_1d"])
