@@ -42,12 +42,33 @@ _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
 class _InDouble(TorchFunctionMode):
-    """Casts to a lower precision, which a model makes itself, become casts to double."""
+    """Casts to a lower precision, which a model makes itself, become casts to double.
+
+    Tensors of a lower precision that no module holds, as a table in a closure, are widened as they
+    are read.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func in _CASTS else func
+        kwargs = {name: _double_type(each) for name, each in (kwargs or {}).items()}
         args = tuple(_double_type(each) for each in args)
-        return func(*args, **{name: _double_type(each) for name, each in (kwargs or {}).items()})
+        if _only_reads(func) and "out" not in kwargs:
+            args, kwargs = _widened(args), {name: _widened(each) for name, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _only_reads(func: Any) -> bool:
+    """Whether a call neither writes to its operands nor is about the tensor object itself."""
+    name: str = func.__name__
+    if name.startswith("__"):
+        return not name.startswith(("__i", "__set", "__get__", "__del"))
+    return not name.endswith("_")
+
+
+def _widened(thing: Any) -> Any:
+    if isinstance(thing, Tensor):
+        return thing.to(_DOUBLED[thing.dtype]) if thing.dtype in _DOUBLED else thing
+    return type(thing)(map(_widened, thing)) if type(thing) in (list, tuple) else thing
 
 
 def _double_type(argument: Any) -> Any:

@@ -38,7 +38,10 @@ from hesstrace_cli.verdicts import (
 )
 
 T = TypeVar("T")
-FAILURES = (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError)
+FAILURES = (
+    RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError,
+    AssertionError,
+)  # fmt: skip
 """What an operation raises that has no derivative of some order, or no rule for it."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hesstrace_cli.casting import on_copies
@@ -173,17 +174,38 @@ def test_under_half_precision_what_is_wrong_is_seen_as_well(curvature):
     assert "agrees" in chosen(model, curvature, single=False).engine_reason
 
 
-def test_what_cannot_run_in_double_precision_is_checked_in_its_own():
-    table = torch.eye(6)  # no attribute of any module
+@pytest.mark.parametrize("error", [TypeError, AssertionError])
+def test_what_cannot_run_in_double_precision_is_checked_in_its_own(error):
+    def single(h):
+        if h.dtype != torch.float32:
+            raise error("a kernel for float32 alone")
+        return h
 
-    assert chosen(build(lambda: Body(lambda h: torch.tanh(h @ table))), "hessian")
-    wrong = build(lambda: Body(lambda h: REFUSED_BODY(h @ table)))
+    assert chosen(build(lambda: Body(lambda h: torch.tanh(single(h)))), "hessian")
+    wrong = build(lambda: Body(lambda h: REFUSED_BODY(single(h))))
     with pytest.raises(DerivativeError):
         chosen(wrong, "hessian")
-    right = build(lambda: Body(lambda h: torch.tanh(h @ table)))
+    right = build(lambda: Body(lambda h: torch.tanh(single(h))))
     rows = list(_rows(objective_of(right), X, Y, "eval", 0))
     assert all(row.verdict in GOOD for row in rows), rows
     assert any("checked in float64" in row.check and row.verdict == "no" for row in rows)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("read", [
+    lambda h, table: h @ table, lambda h, table: torch.cat([h, h @ table[:, :2]], 1)[:, -6:],
+    lambda h, table: torch.einsum("ni,ij->nj", h, table.T), lambda h, table: 2 * table[0] + h,
+    lambda h, table: h.to(table.dtype).matmul(table), lambda h, table: F.linear(h, weight=table),
+])  # fmt: skip
+def test_tables_that_no_module_holds_are_widened(read, curvature):
+    """Kinks leave nothing to be told in float32."""
+    table = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
+    model = build(lambda: Body(lambda h: torch.relu(read(h, table))))
+    assert "agrees" in chosen(model, curvature).engine_reason
+    rows = list(_rows(objective_of(model), X, Y, "eval", 0))
+    assert all(row.verdict in GOOD for row in rows), rows
+    assert not any("checked in float64" in row.check for row in rows)
+    assert table.dtype == torch.float32
 
 
 def REFUSED_BODY(h):
