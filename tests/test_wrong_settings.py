@@ -421,3 +421,9 @@ def test_a_regularizers_file_may_have_an_equals_sign(file):
 def test_and_a_known_name_ends_at_the_first(entry):
     with pytest.raises(ConfigError, match=r"strength"):
         parse_row([entry], None)
+
+
+@pytest.mark.parametrize("unit", ["a, ", "{a: b}, ", "[a], "])
+def test_a_long_file_is_refused_before_it_is_read_whole(unit):
+    with pytest.raises(ValueError, match="more than 10000 values"):  # not the bracket at its end
+        load_yaml("[" + unit * 20_000 + "}")

@@ -16,6 +16,7 @@ _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 MOST_CHARACTERS = 1 << 20
 _MOST_NODES = 10_000  # with every alias written out
+_TOO_MANY = f"it holds more than {_MOST_NODES} values, aliases written out"
 _MOST_LEVELS = 30
 _LONGEST_TEXT = 300  # of a value in an error
 _LONGEST_NUMBER = 400  # digits; Python refuses to print far longer ones
@@ -51,12 +52,16 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._level = 0
+        self._nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """A node and those in it, not too deep."""
+        """A node and those in it: not too deep, and not so many that reading them takes long."""
         self._level += 1
+        self._nodes += 1
         if self._level > _MOST_LEVELS:
             raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
+        if self._nodes > _MOST_NODES:
+            raise ValueError(_TOO_MANY)
         node = super().compose_node(parent, index)
         self._level -= 1
         return node
@@ -65,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         """The whole document, its aliases counted as what they stand for."""
         node = super().compose_document()
         if node is not None and _count(node, {}) > _MOST_NODES:
-            raise ValueError(f"it holds more than {_MOST_NODES} values, aliases written out")
+            raise ValueError(_TOO_MANY)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
