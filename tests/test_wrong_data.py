@@ -140,6 +140,13 @@ NO_TARGETS = [
 ]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+@pytest.mark.parametrize("number", [3, 1.5])
+def test_a_single_number_is_no_targets(kind, number):
+    with pytest.raises(DataError, match="a single number, expected one an example"):
+        targets_of(kind(number), "d")
+
+
 @pytest.mark.parametrize("target", NO_TARGETS, ids=lambda target: type(target).__name__)
 def test_targets_that_are_no_numbers_are_refused(target):
     with pytest.raises(DataError):

@@ -109,6 +109,8 @@ def targets_of(values: Any, name: str) -> Tensor:
         DataError: If they are neither whole numbers nor floating point, or differ in shape.
     """
     if isinstance(values, (Tensor, np.ndarray)):
+        if values.ndim == 0:
+            raise DataError(f"{name}: the targets are a single number, expected one an example")
         return _of_examples(_numbers(values, name))
     return stacked([target_of(value, name) for value in values], name)
 
