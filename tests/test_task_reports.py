@@ -420,7 +420,6 @@ def test_the_other_commands_say_what_auto_took(at, monkeypatch):
                       "--steps", "3", "--lr", "0.1")  # fmt: skip
     assert spectrum.exit_code == 0, spectrum.output
     assert spectrum.stderr.count(line) == 1
-    monkeypatch.setattr("hesstrace_cli.verify.step_costs", lambda _: {})  # times, of no matter here
     verified = invoke("verify", "--model", config.model, "--dataset", config.dataset, "--json", "-")
     assert verified.stderr.count(line) == 1, verified.output
     assert json.loads(verified.stdout)["task"] == "regression"
