@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hesstrace_cli.paths import is_file
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -55,13 +57,34 @@ def declared_in(file: Path, module: str) -> list[Declared]:
         file: Python source.
         module: The name it is imported by.
     """
-    found = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef):
-            said = _values(node)
-            if "name" in said:
-                found.append(Declared(f"{module}:{node.name}", **said))
-    return found
+    return [
+        Declared(f"{module}:{node.name}", **said)
+        for node in _classes(file)
+        if "name" in (said := _values(node))
+    ]
+
+
+def declared_by_user(spec: str) -> Declared:
+    """What a user's class declares, of which nothing is imported; as usual where it says nothing.
+
+    Args:
+        spec: `FILE.py:Class` or `package.module:Class`; of the second the file is not looked for.
+    """
+    file, _, class_name = spec.rpartition(":")
+    usual: dict[str, Any] = {"name": spec, "is_penalty": True}
+    if file.endswith(".py") and is_file(file):
+        try:
+            said = {k: v for n in _classes(Path(file)) if n.name == class_name
+                    for k, v in _values(n).items()}  # fmt: skip
+        except (OSError, SyntaxError, ValueError):  # importing it will say what is wrong
+            said = {}
+        return Declared(spec, **{**usual, **said, "name": spec})
+    return Declared(spec, **usual)
+
+
+def _classes(file: Path) -> list[ast.ClassDef]:
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return [node for node in body if isinstance(node, ast.ClassDef)]
 
 
 def _values(node: ast.ClassDef) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from hesstrace_cli.config.declared import Declared, built_in
+from hesstrace_cli.config.declared import Declared, built_in, declared_by_user
 from hesstrace_cli.config.hints import did_you_mean, likely
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
@@ -19,8 +19,12 @@ UNUSED_LAMBDA = (
 )
 
 
+def _declared(name: str) -> Declared:
+    return REGULARIZERS[name] if name in REGULARIZERS else declared_by_user(name)
+
+
 def _is_penalty(name: str) -> bool:
-    return name not in REGULARIZERS or REGULARIZERS[name].is_penalty
+    return _declared(name).is_penalty
 
 
 def takes_lambda(terms: Sequence[tuple[str, float | None]]) -> bool:
@@ -95,7 +99,7 @@ def _is_number(text: str) -> bool:
 
 
 def _strength(name: str, text: str) -> float:
-    maximum = REGULARIZERS[name].maximum if name in REGULARIZERS else math.inf
+    maximum = _declared(name).maximum
     try:
         value = float(text)
     except ValueError:
@@ -128,8 +132,8 @@ def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]
     for name, strength in terms:
         if strength is None:
             strength = lambda_ if name in open_penalties else None
-        if strength is None and name in REGULARIZERS:
-            strength = REGULARIZERS[name].default
+        if strength is None:
+            strength = _declared(name).default
         if strength is None:
             raise ConfigError(f"{name!r} has no default strength; write {name}=STRENGTH")
         row[name] = strength

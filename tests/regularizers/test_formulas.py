@@ -203,3 +203,19 @@ def test_strength_zero_is_left_out_and_defaults_are_documented(name):
 def test_sam_and_nso_exclude_each_other():
     with pytest.raises(ConfigError, match="in the place of the loss"):
         parse_row(["sam=0.1", "nso=0.1"], None)
+
+
+def test_a_users_class_declares_its_strength(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "raise RuntimeError('imported')\n"
+        "class A:\n    default = 0.3\n    maximum = 1\n    is_penalty = False\nclass B:\n    pass\n"
+    )
+    assert parse_row([f"{file}:A"], None) == {f"{file}:A": 0.3}
+    with pytest.raises(ConfigError, match="at most 1"):
+        parse_row([f"{file}:A=2"], None)
+    with pytest.raises(ConfigError, match="--lambda is given"):
+        parse_row([f"{file}:A"], 0.1)
+    with pytest.raises(ConfigError, match="no default strength"):
+        parse_row([f"{file}:B"], None)
+    assert parse_row([f"{file}:B"], 0.1) == {f"{file}:B": 0.1}
