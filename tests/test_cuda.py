@@ -61,6 +61,37 @@ def test_as_on_the_cpu(found, name):
     assert numbers(cuda) == pytest.approx(numbers(cpu), rel=rel, abs=1e-6)
 
 
+def checks(record, without):
+    """What a verification says, with the figures of what is right, but for some checks."""
+    rows = [row for row in record["rows"] if not any(part in row["check"] for part in without)]
+    figures = [
+        row["detail"].split(", by differences ") for row in rows if row["verdict"] == "right"
+    ]
+    return [(row["check"], row["verdict"]) for row in rows], [
+        float(x) for two in figures for x in two
+    ]
+
+
+# Recurrent layers have no forward derivative on CUDA, with cuDNN or without it.
+FORWARD = ("taylor mode", "forward mode")
+
+
+@pytest.mark.parametrize(("name", "without"), [("verify", ()), ("verify lstm", FORWARD)])
+def test_verified_as_on_the_cpu(found, name, without):
+    cpu, cuda = (found["commands"][name][device] for device in ("cpu", "cuda"))
+    assert cpu["exit_code"] == cuda["exit_code"] == 0, cpu.get("error", "") + cuda.get("error", "")
+    assert cuda["device"].startswith("cuda")
+    assert cuda["dtype"] == cpu["dtype"] == "float64"
+    verdicts, figures = checks(cpu, without)
+    same_verdicts, same_figures = checks(cuda, without)
+    assert same_verdicts == verdicts
+    assert same_figures == pytest.approx(figures, rel=1e-5)
+    others = [
+        row["verdict"] for row in cuda["rows"] if any(part in row["check"] for part in without)
+    ]
+    assert set(others) <= {"no"}, "what is refused where another mode is right"
+
+
 def test_waits(found):
     waits = {name: sum(each["waits"].values()) for name, each in found["waits"].items()}
     for name in ("none", "trace", "trace of H", "mixup"):

@@ -39,6 +39,8 @@ COMMANDS = {
                 "--method", "hutchinson", "--max-passes", 1],
     "spectrum": ["spectrum", TRAINED.format("cnn"), *ESTIMATE, "--steps", 4, "--top", 1,
                  "--max-products", 4, "--num-probes", 1, "--num-directions", 1],
+    "verify": ["verify", "--model-arg", "width=2", "--batch-size", 4],
+    "verify lstm": ["verify", *LSTM, "--batch-size", 4],
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class CudaTensor(torch.Tensor):
 
     @property
     def data(self):
-        return self.detach()
+        return CudaTensor(self.host.detach())  # unlike detach(), with a version of its own
 
     @data.setter
     def data(self, other):
@@ -147,7 +147,7 @@ def run(func, args, kwargs):
     _note(func, args, kwargs, on_cuda)
     host = [t.host if isinstance(t, CudaTensor) else t for t in flat]
     host_args, host_kwargs = tree_unflatten(host, spec)
-    if asked is not None:
+    if asked is not None and on_cuda:
         host_kwargs["device"] = torch.device("cpu")
     if "pin_memory" in host_kwargs:
         host_kwargs["pin_memory"] = False
