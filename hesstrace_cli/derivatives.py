@@ -30,6 +30,7 @@ from hesstrace_cli.errors import DerivativeError, HesstraceError
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.verdicts import (
     TOLERANCE,
+    NoDifferencesError,
     Row,
     compared,
     compared_gradients,
@@ -115,13 +116,25 @@ def _holding(params: Params, values: Params) -> Iterator[None]:
 
 
 def _over(steps: Sequence[float], difference: Callable[[float], T]) -> Iterator[T]:
-    """A difference for every step within which the model has a value."""
+    """A difference for every step within which the model has a value.
+
+    Raises:
+        NoDifferencesError: If it has none for any.
+    """
+    failures: list[Exception] = []
     for step in steps:
         try:
-            yield difference(step)
+            found = difference(step)
         except FAILURES as problem:
             if is_of_the_machine(problem):
                 raise
+            failures.append(problem)
+        else:
+            yield found
+    if len(failures) == len(steps):
+        raise NoDifferencesError(
+            f"the model fails at all weights beside its own: {one_line(failures[0])}"
+        ) from failures[0]
 
 
 class Check:
@@ -237,7 +250,7 @@ class Check:
 
     def scale(self) -> float:
         """The size of the terms that v^T H v is a sum of."""
-        product = self.product or self._first_difference(self.accuracy.first[0])
+        product = self.product or next(self._first_differences())
         return sum((product[n] * self.v[n]).abs().sum().item() for n in self.v)
 
     def hessian(self, mode: Mode) -> list[Row]:

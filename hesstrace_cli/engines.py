@@ -111,7 +111,7 @@ def _refuse_unless_right(rows: Sequence[Row]) -> None:
     if bad and bad[0].verdict == "unsettled":
         raise DerivativeError(
             f"the penalty's derivative cannot be proved for this model ({bad[0].check}: "
-            f"{bad[0].detail}): its differences depend on their step, as where it has jumps, or "
+            f"{bad[0].detail}), as where its differences depend on their step: it has jumps, or "
             "a batch norm over few values; a larger --batch-size may help, or --curvature of the "
             "other kind"
         )

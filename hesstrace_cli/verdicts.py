@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.randomness import random_state_kept, seed_defaults
 
 GOOD = ("right", "replaced", "yes", "no", "measured")
@@ -24,6 +25,10 @@ _LEAST = 0.01  # of the largest tensor's part of a gradient: smaller parts are h
 T = TypeVar("T")
 
 
+class NoDifferencesError(DerivativeError):
+    """The model fails at all weights beside its own that differences are taken of."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One check.
@@ -31,8 +36,9 @@ class Row:
     Attributes:
         check: What was looked at.
         verdict: "right", "replaced" (made right by another form), "wrong", "refused",
-            "unsettled" (the differences themselves depend on the step, so that nothing is
-            proved), or, where no verdict hangs on it, the answer "yes" or "no", or "measured".
+            "unsettled" (the differences themselves depend on the step, or there are none, so
+            that nothing is proved), or, where no verdict hangs on it, the answer "yes" or "no",
+            or "measured".
         detail: The figures, or the reason.
     """
 
@@ -75,7 +81,10 @@ def compared(
     def near(a: float, b: float) -> bool:
         return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9, scale)
 
-    verdict, truth = _verdict(value, truths, near, lambda a, b: abs(a - b))
+    try:
+        verdict, truth = _verdict(value, truths, near, lambda a, b: abs(a - b))
+    except NoDifferencesError as problem:
+        return Row(name, "unsettled", str(problem))
     return Row(name, verdict, f"{value:.6g}, by differences {truth:.6g}")
 
 
@@ -103,7 +112,10 @@ def compared_gradients(
     def worst(a: Params, b: Params) -> float:
         return max(errors(a, b).values())
 
-    verdict, truth = _verdict(found, truths, lambda a, b: worst(a, b) <= tolerance, worst)
+    try:
+        verdict, truth = _verdict(found, truths, lambda a, b: worst(a, b) <= tolerance, worst)
+    except NoDifferencesError as problem:
+        return Row(name, "unsettled", str(problem))
     along = [torch.stack([(g[n] * u[n]).sum() for n in u]).sum().item() for g in (found, truth)]
     detail = f"{along[0]:.6g}, by differences {along[1]:.6g}"
     if verdict != "right":
@@ -125,8 +137,6 @@ def _verdict(
         if near(found, truth):
             return "right", truth
         seen.append(truth)
-    if not seen:
-        return "unsettled", found
     settled = len(seen) == 1 or any(near(a, b) for a, b in itertools.pairwise(seen))
     distances = [distance(found, truth) for truth in seen]
     nearest = min(range(len(seen)), key=lambda i: (math.isnan(distances[i]), distances[i]))

@@ -11,7 +11,8 @@ import torch
 from torchvision import models
 
 from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.verdicts import GOOD, compared
+from hesstrace_cli.derivatives import _over
+from hesstrace_cli.verdicts import GOOD, compared, compared_gradients
 from hesstrace_cli.verify import _rows
 from tests.conftest import invoke
 
@@ -313,6 +314,19 @@ def test_data_that_does_not_repeat(tmp_path):
 )
 def test_verdicts(value, truths, verdict):
     assert compared("x", value, truths).verdict == verdict
+
+
+def test_where_there_is_no_difference_it_says_why():
+    def fails(step):
+        raise RuntimeError(f"no value at {step}")
+
+    gradient = {"w": torch.ones(2)}
+    for row in (
+        compared("x", 1.0, _over((0.1, 0.2), fails)),
+        compared_gradients("x", gradient, _over((0.1, 0.2), fails), gradient, 1e-3),
+    ):
+        assert row.verdict == "unsettled"
+        assert row.detail == "the model fails at all weights beside its own: no value at 0.1"
 
 
 @pytest.mark.parametrize(
