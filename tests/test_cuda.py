@@ -72,7 +72,7 @@ def checks(record, without):
     ]
 
 
-# Recurrent layers have no forward derivative on CUDA, with cuDNN or without it.
+# An LSTM has no forward derivative on CUDA, with cuDNN or without it.
 FORWARD = ("taylor mode", "forward mode")
 
 
