@@ -152,16 +152,21 @@ def by_probes(
     return draw
 
 
+_OF_OUTPUT_LAYER = 2  # its weight and bias come last, and are known in closed form
+
+
 def by_signs(problem: Problem) -> Draw:
     """||(J_it)^T B_i e||^2 for every example i of a batch, e its own signs."""
-    parts = [r.mT @ r for r in problem.roots.split(problem.sizes, 2)]
-    grams = torch.stack([sum(parts), *parts])
+    grams = torch.stack([r.mT @ r for r in problem.roots.split(problem.sizes, 2)])
+    closed = grams[-_OF_OUTPUT_LAYER:].diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def draw(batch: int, m: int, repeats: int, generator: Generator) -> Tensor:
         num_examples, classes = grams.shape[2], grams.shape[-1]
         like = grams.new_empty(m, num_examples, repeats, classes)
         e = rademacher(like, generator=generator)
-        return torch.einsum("mnrc,tncd,mnrd->mnrt", e, grams[:, batch], e)
+        parts = torch.einsum("mnrc,tncd,mnrd->mnrt", e, grams[:, batch], e)
+        parts[..., -_OF_OUTPUT_LAYER:] = closed[:, batch].T[None, :, None]
+        return torch.cat([parts.sum(-1, keepdim=True), parts], -1)
 
     return draw
 

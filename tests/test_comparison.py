@@ -222,5 +222,5 @@ def test_an_unwritable_folder(tmp_path):
 def test_strength_zero_is_the_plain_run(tmp_path):
     runs = [train_to_end(tmp_path / reg, reg=reg) for reg in ("none", "cutout=0", "trace=0")]
     for other in runs[1:]:
-        for key, value in runs[0].model.state_dict().items():
+        for key, value in runs[0].trainer.model.state_dict().items():
             assert torch.equal(value, other.trainer.model.state_dict()[key])

@@ -77,17 +77,17 @@ def test_files_read_by_workers_give_the_run_of_one_tensor(tmp_path):
         "augment": "crop-flip", "reg": "trace=0.01,mixup=0.2,cutout=2", "warmup": 0,
     }  # fmt: skip
     held = train_to_end(tmp_path / "held", image_size=8, **settings)
-    assert isinstance(held.data.train, TensorSplit)
+    assert isinstance(held.trainer.data.train, TensorSplit)
     for workers in (0, 2):
         run = train_to_end(tmp_path / f"workers-{workers}", num_workers=workers, **settings)
         assert isinstance(run.trainer.data.train, DatasetSplit)
-        for name, tensor in held.model.state_dict().items():
+        for name, tensor in held.trainer.model.state_dict().items():
             assert torch.equal(tensor, run.trainer.model.state_dict()[name])
     stopped = make_run(tmp_path / "stopped", num_workers=2, **settings)
     with pytest.raises(Stopped):
-        list(stopped.advance(lambda: 15 if stopped.step == 3 else None))
+        list(stopped.advance(lambda: 15 if stopped.trainer.step == 3 else None))
     again = train_to_end(tmp_path / "stopped", num_workers=2, resume=True, **settings)
-    for name, tensor in held.model.state_dict().items():
+    for name, tensor in held.trainer.model.state_dict().items():
         assert torch.equal(tensor, again.trainer.model.state_dict()[name])
 
 

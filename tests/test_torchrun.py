@@ -12,7 +12,7 @@ import time
 import pytest
 
 from hesstrace_cli.checkpoints import read_checkpoint
-from hesstrace_cli.cli import screen
+from hesstrace_cli.cli.signals import StopRequest
 from tests.conftest import train_to_end
 from tests.test_parts import assert_close
 
@@ -159,7 +159,7 @@ def test_job_that_is_ended_goes_on_to_the_same_weights(tmp_path, uninterrupted, 
 
 def test_a_second_signal_kills_but_not_at_once():
     begun = time.monotonic()
-    with screen.StopRequest() as stop:
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # as a launcher passes it on
         assert stop() == signal.SIGINT

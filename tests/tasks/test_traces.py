@@ -153,7 +153,7 @@ RANDOM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", ["hessian", pytest.param("ggn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_methods(method, curvature):
     results = [
