@@ -93,6 +93,11 @@ class Step:
     state: Tensor
     gathered: Mapping[str, list[Tensor]] | None = None
 
+    @property
+    def logits(self) -> Tensor:
+        """The outputs, by the name that they have where they are of classes."""
+        return self.outputs
+
     def shared_generator(self) -> Generator:
         """A generator that gives the same numbers for every part of the batch, at every call."""
         generator = Generator(self.generator.device)

@@ -108,7 +108,7 @@ def test_a_users_own(tmp_path, plain):
         "from hesstrace_cli.regularizers import Regularizer, Term\n"
         "class LogitNorm(Regularizer):\n"
         "    def term(self, step):\n"
-        "        return Term(self.strength, step.outputs.square().sum(1).mean())\n"
+        "        return Term(self.strength, step.logits.square().sum(1).mean())\n"
     )
     mine = train_to_end(tmp_path / "b", reg=f"{file}:LogitNorm=0.1,trace=0.001", **SETTINGS)
     norms = [outputs(run)[2].square().mean() for run in (mine, plain)]
