@@ -100,7 +100,6 @@ def test_intervals_of_probes(network):
         check(name, found)
 
 
-@pytest.mark.slow
 def test_intervals_of_sketches(network):
     problem = coverage.written_out(*network, 4)
     names = ("hutch++, H", "xtrace, H")
@@ -161,7 +160,6 @@ def test_intervals_of_whole_estimates(network, name, rtol):
     assert hits / 400 >= LEAST - 0.015
 
 
-@pytest.mark.slow
 def test_all_degrees_of_freedom_would_not_do(network, monkeypatch):
     """The test can fail: intervals with Welch and Satterthwaite's own degrees cover too little."""
     problem = coverage.written_out(*network, 1)
