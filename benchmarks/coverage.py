@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from hesstrace_cli.curvature.hutchpp import hutchpp
-from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, inclusion, rademacher
+from hesstrace_cli.analysis.estimation import LEAST_DEGREES
+from hesstrace_cli.autodiff.graph import Params
+from hesstrace_cli.curvature.probes import Scheme, draw_keep, inclusion, rademacher
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
-from hesstrace_cli.curvature.trace import Stop
-from hesstrace_cli.curvature.xtrace import xtrace
-from hesstrace_cli.estimation import LEAST_DEGREES
+from hesstrace_cli.curvature.trace.estimators import Stop
+from hesstrace_cli.curvature.trace.hutchpp import hutchpp
+from hesstrace_cli.curvature.trace.xtrace import xtrace
 from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.tasks.softmax import softmax_root
 

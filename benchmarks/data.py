@@ -22,8 +22,8 @@ from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.reporting.layout import markdown_table
-from hesstrace_cli.stepcost import seconds_of_steps
-from hesstrace_cli.trainer import Trainer
+from hesstrace_cli.training.cost import seconds_of_steps
+from hesstrace_cli.training.trainer import Trainer
 
 
 def seconds_a_batch(split: Split, batch_size: int) -> float:

@@ -31,13 +31,14 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import DataConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.density import spectral_density
-from hesstrace_cli.curvature.lanczos import Krylov, inner_products, norm
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.spectrum.density import spectral_density
+from hesstrace_cli.curvature.spectrum.lanczos import Krylov, inner_products, norm
 from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.models import build_model
 from hesstrace_cli.reporting.layout import markdown_table

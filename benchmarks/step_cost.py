@@ -26,17 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesstrace_cli.analysis.loading import select_device
+from hesstrace_cli.autodiff.graph import gradient, inner
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.graph import gradient, inner
 from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.errors import HesstraceError
-from hesstrace_cli.loading import select_device
 from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.layout import markdown_table
-from hesstrace_cli.state import Sums
-from hesstrace_cli.stepcost import seconds_of_steps
-from hesstrace_cli.trainer import Trainer
+from hesstrace_cli.storage.state import Sums
+from hesstrace_cli.training.cost import seconds_of_steps
+from hesstrace_cli.training.trainer import Trainer
 
 _DRAWS_TIMED = 10
 TRACE: dict[str, Any] = {"reg": ["trace=0.001"], "warmup": 0.0}

@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesstrace_cli.analysis.estimation import data_loss, estimate
+from hesstrace_cli.analysis.evaluation import evaluate
+from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import DataConfig, EstimateConfig
-from hesstrace_cli.curvature.differentiable import differentiable_ops
-from hesstrace_cli.curvature.operator import CurvatureMatrix
-from hesstrace_cli.curvature.xtrace import xtrace
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.trace.xtrace import xtrace
 from hesstrace_cli.data import load_data
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import data_loss, estimate
-from hesstrace_cli.evaluation import evaluate
 from hesstrace_cli.models.small import small_cnn
 
 RTOL = 0.01

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hesstrace_cli.config import did_you_mean
 from hesstrace_cli.errors import HesstraceError
+from hesstrace_cli.hints import did_you_mean
 from hesstrace_cli.paths import is_file, resolved
 
 _NAMED = 20  # names of a module, in an error

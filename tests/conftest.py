@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hesstrace_cli.cli import app
 from hesstrace_cli.config import TrainConfig, resolve
-from hesstrace_cli.training import Run
+from hesstrace_cli.training.run import Run
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # child processes too: sums depend on the number of threads

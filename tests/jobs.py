@@ -11,7 +11,7 @@ import warnings
 import torch
 import torch.multiprocessing
 
-from hesstrace_cli import parallel
+from hesstrace_cli.distributed import parallel
 
 
 def run_job(size, work, folder, *, seconds=600):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hesstrace_cli.casting import cast_model
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.autodiff.casting import cast_model
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.objective import trainable
 from hesstrace_cli.data import load_data
 from hesstrace_cli.errors import ModelError
 from tests.conftest import assert_one_line_error, invoke

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hesstrace_cli.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.models.small import small_cnn
+from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 
 
 def network():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hesstrace_cli.checkpoints import read_checkpoint
+from hesstrace_cli.storage.checkpoints import read_checkpoint
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 

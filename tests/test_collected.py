@@ -10,13 +10,13 @@ import shutil
 import pytest
 import torch
 
-from hesstrace_cli.comparison import PLANNED, check_comparable, collect
+from hesstrace_cli.analysis.evaluation import collapse
+from hesstrace_cli.comparison.table import PLANNED, check_comparable, collect
 from hesstrace_cli.config import TrainConfig, to_yaml
 from hesstrace_cli.curvature.statistics import StratifiedMean
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.evaluation import collapse
 from hesstrace_cli.reporting import tables
-from hesstrace_cli.resume import PLACE
+from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.tasks import Classification
 from tests.conftest import TINY, assert_one_line_error, invoke
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from scipy import stats
 
-from hesstrace_cli import grid
-from hesstrace_cli.comparison import holm, paired_difference, tabulate
+from hesstrace_cli.analysis.estimation import top_eigenvalue
+from hesstrace_cli.analysis.evaluation import evaluate
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.comparison import grid
+from hesstrace_cli.comparison.table import holm, paired_difference, tabulate
 from hesstrace_cli.config import CompareConfig, resolve
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.estimation import top_eigenvalue
-from hesstrace_cli.evaluation import evaluate
 from tests.conftest import TINY, invoke, make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make

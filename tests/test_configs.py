@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hesstrace_cli import grid
+from hesstrace_cli.comparison import grid
 from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
-from hesstrace_cli.training import Run
+from hesstrace_cli.training.run import Run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "sample_configs").rglob("*.yaml"))
 

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hesstrace_cli.casting import on_copies
-from hesstrace_cli.curvature.exact import PerExampleTrace
+from hesstrace_cli.analysis.verify import _rows
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.autodiff.casting import on_copies
+from hesstrace_cli.autodiff.precision import run_in_precision
+from hesstrace_cli.curvature.checks.engines import choose_engine
+from hesstrace_cli.curvature.checks.verdicts import GOOD, Row, merged
 from hesstrace_cli.curvature.hessian import quadratic_form
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.engines import choose_engine
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from hesstrace_cli.errors import DerivativeError, Stopped
-from hesstrace_cli.precision import run_in_precision
-from hesstrace_cli.verdicts import GOOD, Row, merged
-from hesstrace_cli.verify import _rows
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
 from tests.curvature import oracles
 from tests.planted import REFUSED, RIGHT, RIGHT_FOR_G, Aliased, Body, Odd, Tokens

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.exact import PerExampleTrace
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.trace import Stop, estimate_trace, signs_sampler
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.trace.estimators import Stop, estimate_trace, signs_sampler
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError, ModelError
-from hesstrace_cli.estimation import estimate
 from tests.curvature import oracles
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.analysis.evaluation import MOST_COLUMNS, input_jacobian
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.evaluation import MOST_COLUMNS, input_jacobian
 from tests.conftest import invoke, train_to_end
 
 

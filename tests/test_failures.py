@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hesstrace_cli
+from hesstrace_cli.distributed.parallel import meeting
 from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
-from hesstrace_cli.parallel import meeting
 from hesstrace_cli.plugins import load_factory
 from tests.conftest import assert_one_line_error, invoke
 

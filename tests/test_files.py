@@ -9,12 +9,13 @@ import sys
 import matplotlib.figure
 import pytest
 
-from hesstrace_cli import files, grid
+from hesstrace_cli.comparison import grid
 from hesstrace_cli.config import CompareConfig
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.files import clear_leftovers, leftovers, write_atomically
-from hesstrace_cli.locks import FolderLock
 from hesstrace_cli.reporting import plots
+from hesstrace_cli.storage import files
+from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
+from hesstrace_cli.storage.locks import FolderLock
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 LEFT = ".hesstrace-0123456789abcdef.tmp"

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from hesstrace_cli.checkpoints import read_checkpoint, save_checkpoint
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.files import leftovers
-from hesstrace_cli.training import Run
+from hesstrace_cli.storage.checkpoints import read_checkpoint, save_checkpoint
+from hesstrace_cli.storage.files import leftovers
+from hesstrace_cli.training.run import Run
 from tests.conftest import make_run, train_to_end
 
 KILLS = 20
@@ -34,7 +34,7 @@ def test_killed_at_twenty_random_moments(tmp_path):
     train_to_end(tmp_path / "whole", **SETTINGS).finish()
     seconds = time.monotonic() - begin
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
-    context.set_forkserver_preload(["hesstrace_cli.training"])
+    context.set_forkserver_preload(["hesstrace_cli.training.run"])
     warm = context.Process(target=int)
     warm.start()
     warm.join()

@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 import torch
 
-from hesstrace_cli import launcher, parallel
+from hesstrace_cli.analysis.loading import select_device
+from hesstrace_cli.distributed import launcher, parallel
+from hesstrace_cli.distributed.launcher import Place
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.launcher import Place
-from hesstrace_cli.loading import select_device
 from tests.conftest import assert_one_line_error, invoke
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hesstrace_cli.locks import FolderLock
+from hesstrace_cli.storage.locks import FolderLock
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 HESS = f"{sys.executable} -m hesstrace_cli"
@@ -189,7 +189,8 @@ def test_a_forked_process_does_not_let_go_of_its_parents_lock(tmp_path):
     os.waitpid(child, 0)
     held = shell(
         f"{sys.executable} -c 'import sys; from pathlib import Path; "
-        f"from hesstrace_cli.locks import FolderLock; FolderLock(Path(sys.argv[1]))' {tmp_path}",
+        "from hesstrace_cli.storage.locks import FolderLock; FolderLock(Path(sys.argv[1]))' "
+        f"{tmp_path}",
         tmp_path,
     )
     assert "in use by another process" in held.stderr

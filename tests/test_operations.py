@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hesstrace_cli.curvature.graph import gradient
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.graph import gradient
+from hesstrace_cli.curvature.checks.engines import choose_engine
+from hesstrace_cli.curvature.checks.verdicts import pinned
 from hesstrace_cli.curvature.hessian import quadratic_form
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
-from hesstrace_cli.engines import choose_engine
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import DerivativeError
-from hesstrace_cli.verdicts import pinned
 from tests.curvature import oracles
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from hesstrace_cli.distributed.parallel import ALONE, Ranks
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.parallel import ALONE, Ranks
-from hesstrace_cli.steps import split_batch
+from hesstrace_cli.training.step import split_batch
 from tests.conftest import make_run, train_to_end
 
 SMALL = {"model_arg": {"width": 4, "norm": "none"}, "epochs": 2, "batch_size": 25}

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
+from hesstrace_cli.autodiff.precision import deterministic_algorithms, full_precision
 from hesstrace_cli.plugins import load_factory
-from hesstrace_cli.precision import deterministic_algorithms, full_precision
 from tests.conftest import invoke
 
 BACKENDS = torch.backends

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature import trace
+from hesstrace_cli.curvature.trace.estimators import estimators as trace
+from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import DataError, LostProcess, NumericsError, Stopped
-from hesstrace_cli.estimation import estimate
-from hesstrace_cli.parallel import Ranks
 from tests.conftest import make_run
 from tests.jobs import joined, run_job
 from tests.test_parts import assert_close

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.analysis.estimation import data_loss, estimate
+from hesstrace_cli.analysis.verify import _rows
+from hesstrace_cli.autodiff.calls import reads_by_other_names, trainable
 from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.checks.verdicts import GOOD
 from hesstrace_cli.curvature.flatness import Landscape, average_sharpness
-from hesstrace_cli.curvature.objective import Objective, reads_by_other_names, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import DerivativeError
-from hesstrace_cli.estimation import data_loss, estimate
-from hesstrace_cli.verdicts import GOOD
-from hesstrace_cli.verify import _rows
 from tests.conftest import assert_one_line_error, invoke, train_to_end
 from tests.curvature import oracles
 from tests.planted import (

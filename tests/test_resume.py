@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch import nn
 
-from hesstrace_cli.checkpoints import read_checkpoint
 from hesstrace_cli.errors import ConfigError, HesstraceError, ModelError, Stopped
-from hesstrace_cli.runs import RunFolder
+from hesstrace_cli.storage.checkpoints import read_checkpoint
+from hesstrace_cli.storage.runs import RunFolder
 from tests.conftest import TINY, assert_one_line_error, invoke, make_run, train_to_end
 
 SETTINGS = {"epochs": 2, "momentum": 0.9, "batch_size": 50}

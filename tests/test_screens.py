@@ -16,7 +16,7 @@ import time
 import pytest
 from rich.console import Console
 
-from hesstrace_cli.comparison import tabulate
+from hesstrace_cli.comparison.table import tabulate
 from hesstrace_cli.reporting import tables
 from hesstrace_cli.reporting.layout import Strong, Table, Words, fitted, shortened
 from tests.conftest import TINY, invoke
@@ -152,7 +152,7 @@ def test_ctrl_c_tells_what_is_known(checkpoint):
 
 
 def test_ctrl_c_keeps_the_checkpoints_before(checkpoint, tmp_path, monkeypatch):
-    from hesstrace_cli import estimation
+    from hesstrace_cli.analysis import estimation
 
     own = estimation.estimate_checkpoint
 

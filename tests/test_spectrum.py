@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from hesstrace_cli.analysis.loading import load_checkpoint
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.flatness import Landscape, average_sharpness
-from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.operator import CurvatureMatrix
-from hesstrace_cli.loading import load_checkpoint
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.spectrum.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.randomness import stream_generator
 from tests.conftest import invoke, train_to_end
 from tests.curvature import oracles

@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from hesstrace_cli import grid
-from hesstrace_cli.checkpoints import save_checkpoint
+from hesstrace_cli.analysis.evaluation import evaluate, generalization_report
 from hesstrace_cli.cli.train import _epoch_line
-from hesstrace_cli.comparison import MEASURES, check_comparable, tabulate, write
+from hesstrace_cli.comparison.table import MEASURES, check_comparable, grid, tabulate, write
 from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
 from hesstrace_cli.data import load_data
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.evaluation import evaluate, generalization_report
 from hesstrace_cli.models import build_model
-from hesstrace_cli.records import read_summary, selected
 from hesstrace_cli.reporting import plots, tables
 from hesstrace_cli.reporting.events import Events
-from hesstrace_cli.state import FORMAT
-from hesstrace_cli.summary import summarize
+from hesstrace_cli.storage.checkpoints import save_checkpoint
+from hesstrace_cli.storage.records import read_summary, selected
+from hesstrace_cli.storage.state import FORMAT
 from hesstrace_cli.tasks import TASKS
+from hesstrace_cli.training.summary import summarize
 from tests.conftest import assert_one_line_error, invoke
 
 BEST = {"classification": "accuracy", "tokens": "perplexity", "segmentation": "mean_iou",

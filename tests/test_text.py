@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from hesstrace_cli.cli import screen
-from hesstrace_cli.comparison import tabulate, write
+from hesstrace_cli.comparison.table import tabulate, write
 from hesstrace_cli.reporting import plots, spectra
 from hesstrace_cli.reporting.layout import Strong, Table, Words, fitted, markdown_table
 from hesstrace_cli.reporting.text import for_csv, for_markdown, for_plot, for_screen

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from hesstrace_cli.checkpoints import read_checkpoint
 from hesstrace_cli.cli.signals import StopRequest
+from hesstrace_cli.storage.checkpoints import read_checkpoint
 from tests.conftest import train_to_end
 from tests.test_parts import assert_close
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.amp import GradScaler
 
-from hesstrace_cli.checkpoints import read_checkpoint
+from hesstrace_cli.analysis.estimation import top_eigenvalue
 from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.config.schedule import learning_rate
+from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
-from hesstrace_cli.estimation import top_eigenvalue
-from hesstrace_cli.parallel import Ranks
 from hesstrace_cli.regularizers import trace
-from hesstrace_cli.schedule import learning_rate
+from hesstrace_cli.storage.checkpoints import read_checkpoint
 from tests.conftest import make_run, train_to_end
 
 PENALTIES = [

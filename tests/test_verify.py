@@ -10,10 +10,11 @@ import pytest
 import torch
 from torchvision import models
 
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.derivatives import _over
-from hesstrace_cli.verdicts import GOOD, compared, compared_gradients
-from hesstrace_cli.verify import _rows
+from hesstrace_cli.analysis.verify import _rows
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.curvature.checks.derivatives import _over
+from hesstrace_cli.curvature.checks.verdicts import GOOD, compared, compared_gradients
+from hesstrace_cli.curvature.objective import Objective
 from tests.conftest import invoke
 
 # Written apart from the engine: models of 8x8 images, (N, 1, 8, 8).

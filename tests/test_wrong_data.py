@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hesstrace_cli.analysis.loading import check_fit
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.data import load_data
 from hesstrace_cli.data.checks import inputs_of, target_of, targets_of
 from hesstrace_cli.errors import DataError, ModelError
-from hesstrace_cli.loading import check_fit
 from hesstrace_cli.models import build_model
 from tests.conftest import assert_one_line_error, invoke
 

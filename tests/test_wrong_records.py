@@ -9,9 +9,9 @@ import pathlib
 
 import pytest
 
-from hesstrace_cli import records
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.errors import ConfigError, DataError
+from hesstrace_cli.storage import records
 from tests.conftest import invoke
 
 PLACE = {"dataset": "digits", "model": "mlp", "regularizers": "none", "seed": 0}

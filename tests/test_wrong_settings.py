@@ -26,8 +26,8 @@ from hesstrace_cli.config.yaml_text import load_yaml
 from hesstrace_cli.data.sources import open_source
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model
-from hesstrace_cli.runs import default_folder
-from hesstrace_cli.state import checked
+from hesstrace_cli.storage.runs import default_folder
+from hesstrace_cli.storage.state import checked
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 CONFIGS = (TrainConfig, CompareConfig, EstimateConfig, SpectrumConfig, VerifyConfig)

@@ -13,9 +13,9 @@ from typer.core import TyperGroup
 
 from hesstrace_cli.cli import signals
 from hesstrace_cli.cli.streams import silence_stdout
-from hesstrace_cli.config.hints import did_you_mean
 from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
 from hesstrace_cli.failures import is_lost_worker, is_out_of_memory
+from hesstrace_cli.hints import did_you_mean
 
 # Typer brings its own copy of Click in recent versions, so the class is found, not imported.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -65,7 +65,7 @@ class ErrorBoundary(TyperGroup):
             code = _report("interrupted", 130)
         except Exception as problem:
             code = _report(*_explained(problem))
-        parallel = sys.modules.get("hesstrace_cli.parallel")
+        parallel = sys.modules.get("hesstrace_cli.distributed.parallel")
         if parallel is not None and not code:
             parallel.leave()
         if not standalone_mode:

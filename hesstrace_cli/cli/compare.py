@@ -21,8 +21,8 @@ from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.reporting.text import for_markdown
 
 if TYPE_CHECKING:
-    from hesstrace_cli.comparison import Found
-    from hesstrace_cli.grid import Job, PlannedRun
+    from hesstrace_cli.comparison.grid import Job, PlannedRun
+    from hesstrace_cli.comparison.table import Found
 
 _COSTS = "step_cost.json"
 
@@ -55,7 +55,7 @@ def compare(
     warn_of_unused(settings, names)
 
     with screen.doing("loading"):
-        from hesstrace_cli import grid
+        from hesstrace_cli.comparison import grid
 
     runs = grid.plan(settings)
     if settings.plan:
@@ -94,7 +94,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
     with screen.doing("loading"):
-        from hesstrace_cli.comparison import Found, check_comparable, collect
+        from hesstrace_cli.comparison.table import Found, check_comparable, collect
 
         each = [collect(Path(folder)) for folder in folders]
     found = Found(
@@ -109,7 +109,7 @@ def _tabulate_folders(folders: Sequence[str]) -> None:
 
 
 def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
-    from hesstrace_cli.comparison import tabulate, write
+    from hesstrace_cli.comparison.table import tabulate, write
 
     finished = found.finished
     comparison = tabulate(finished, found.diverged, costs, found.unfinished)
@@ -131,7 +131,7 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
 
 def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
     """Train what is pending under one live table; a run that diverges is noted and passed by."""
-    from hesstrace_cli.grid import note_divergence
+    from hesstrace_cli.comparison.grid import note_divergence
 
     total = sum(run.config.epochs for run in pending)
     with screen.Board(len(pending), total) as board:
@@ -150,7 +150,7 @@ def _one_by_one(
     pending: Sequence[PlannedRun], board: screen.Board
 ) -> Iterator[tuple[PlannedRun, str | None]]:
     """Each run as it ends, trained in this process, with the problem where it diverged."""
-    from hesstrace_cli.training import Run
+    from hesstrace_cli.training.run import Run
 
     said: set[str] = set()
     for number, planned in enumerate(pending, start=1):
@@ -175,7 +175,7 @@ def _side_by_side(
     pending: Sequence[PlannedRun], jobs: int, board: screen.Board
 ) -> Iterator[tuple[PlannedRun, str | None]]:
     """Each run as it ends, trained in a process of its own, so many at a time."""
-    from hesstrace_cli.grid import run_side_by_side
+    from hesstrace_cli.comparison.grid import run_side_by_side
 
     with StopRequest() as stop:
         yield from run_side_by_side(pending, jobs, _drawn_on(board), stop)
@@ -194,7 +194,7 @@ def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
 
 
 def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> None:
-    from hesstrace_cli.grid import chosen_by
+    from hesstrace_cli.comparison.grid import chosen_by
 
     names = list(dict.fromkeys(run.regularizer for run in chosen))
     left = list(dict.fromkeys(run.regularizer for run in runs if run.regularizer not in names))
@@ -203,7 +203,7 @@ def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> No
 
 
 def _read_costs(out: Path | None) -> dict[str, float]:
-    from hesstrace_cli.records import read_costs
+    from hesstrace_cli.storage.records import read_costs
 
     return {} if out is None else read_costs(out / _COSTS)
 
@@ -212,8 +212,8 @@ def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict
     """Steps timed side by side in this session; those of an earlier one where nothing was run."""
     import json
 
-    from hesstrace_cli.files import write_atomically
-    from hesstrace_cli.stepcost import step_costs
+    from hesstrace_cli.storage.files import write_atomically
+    from hesstrace_cli.training.cost import step_costs
 
     if not measure:
         return _read_costs(out)

@@ -39,7 +39,7 @@ def estimate_trace(
     passes, begun = _Passes(), once_loaded()
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
-        from hesstrace_cli.estimation import estimate_checkpoint
+        from hesstrace_cli.analysis.estimation import estimate_checkpoint
 
         passes.begin(path, tell)
         return estimate_checkpoint(path, settings, passes, lambda data: begun(data, tell))

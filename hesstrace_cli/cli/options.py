@@ -10,8 +10,8 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hesstrace_cli import launcher
 from hesstrace_cli.config import DataConfig, key_of
+from hesstrace_cli.distributed import launcher
 
 
 def with_options(config_class: type[DataConfig]) -> Callable[[Callable[..., None]], Any]:

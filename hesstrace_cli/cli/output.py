@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.signals import number_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, LostProcess
-from hesstrace_cli.files import check_apart, check_writable, files_of, write_atomically
 from hesstrace_cli.paths import resolved
 from hesstrace_cli.reporting import plots
+from hesstrace_cli.storage.files import check_apart, check_writable, files_of, write_atomically
 
 if TYPE_CHECKING:
     from hesstrace_cli.data import DataSet
@@ -31,7 +31,7 @@ def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str |
     Raises:
         ConfigError: If there is one, or the plot has no format that can be drawn.
     """
-    from hesstrace_cli.runs import RunFolder
+    from hesstrace_cli.storage.runs import RunFolder
 
     read = [file for name in inputs if name is not None for file in files_of(name)]
     for place in (json_file, plot):

@@ -20,8 +20,8 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from hesstrace_cli import launcher
 from hesstrace_cli.cli.streams import silence_stdout
+from hesstrace_cli.distributed import launcher
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting.layout import Table, fitted
 from hesstrace_cli.reporting.text import for_screen

@@ -34,7 +34,7 @@ def spectrum(
     begun = once_loaded()
 
     def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
-        from hesstrace_cli.spectrum import spectrum_of_checkpoint
+        from hesstrace_cli.analysis.spectrum import spectrum_of_checkpoint
 
         return spectrum_of_checkpoint(path, settings, lambda data: begun(data, tell))
 

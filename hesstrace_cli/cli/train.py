@@ -12,11 +12,11 @@ from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row, resolve, row_name
 from hesstrace_cli.errors import Stopped
 from hesstrace_cli.paths import is_file
-from hesstrace_cli.records import selected
 from hesstrace_cli.reporting import tables
+from hesstrace_cli.storage.records import selected
 
 if TYPE_CHECKING:
-    from hesstrace_cli.training import Run
+    from hesstrace_cli.training.run import Run
 
 _MANY_SKIPPED = 1  # the first steps look for the scale
 
@@ -32,7 +32,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     warn_of_unused(settings, row)
 
     with screen.doing(f"loading {settings.dataset} and {settings.model}"):
-        from hesstrace_cli.training import Run
+        from hesstrace_cli.training.run import Run
 
         run = Run(settings)
     if run.trainer.data.task_note is not None:
@@ -78,8 +78,8 @@ def _stored(flags: dict[str, Any]) -> str | None:
     if not (flags.get("resume") or flags.get("resume_or_start")):
         return None
 
-    from hesstrace_cli.resume import PLACE
-    from hesstrace_cli.runs import RunFolder, default_folder
+    from hesstrace_cli.storage.resume import PLACE
+    from hesstrace_cli.storage.runs import RunFolder, default_folder
 
     if set(flags) - {*PLACE, "epochs"}:
         return None

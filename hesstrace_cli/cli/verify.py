@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -32,9 +33,12 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
         screen.doing(f"checking the derivatives of {settings.model}"),
         redirect_stdout(sys.stderr),
     ):
-        from hesstrace_cli.verify import verify as run
+        from hesstrace_cli.analysis.verify import verify as run
+        from hesstrace_cli.training.cost import penalty_costs
 
         record = run(settings)
+        if record["right"]:
+            record["rows"] += map(dataclasses.asdict, penalty_costs(settings))
     if record["task_note"] is not None:
         screen.say(record["task_note"])
     if not write_json(record, settings.json):

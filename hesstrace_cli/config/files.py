@@ -12,9 +12,9 @@ import yaml
 
 from hesstrace_cli.config.commands import DataConfig
 from hesstrace_cli.config.fields import key_of
-from hesstrace_cli.config.hints import did_you_mean
 from hesstrace_cli.config.yaml_text import MOST_CHARACTERS, load_yaml, shortened
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.hints import did_you_mean
 
 ConfigT = TypeVar("ConfigT", bound=DataConfig)
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from hesstrace_cli.config.declared import Declared, built_in, declared_by_user
-from hesstrace_cli.config.hints import did_you_mean, likely
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.hints import did_you_mean, likely
 
 REGULARIZERS: dict[str, Declared] = built_in()
 

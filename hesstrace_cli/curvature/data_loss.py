@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.distributed.parallel import ALONE, Ranks
 from hesstrace_cli.errors import DataError
-from hesstrace_cli.parallel import ALONE, Ranks
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 

@@ -14,10 +14,11 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.casting import cast, on_copies
-from hesstrace_cli.curvature.differentiable import HeldPadding
-from hesstrace_cli.curvature.independence import Unfit
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.casting import cast, on_copies
+from hesstrace_cli.autodiff.differentiable import HeldPadding
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example.independence import Unfit
 from hesstrace_cli.failures import is_of_the_machine
 
 

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.graph import Params, gradient
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.graph import gradient
-from hesstrace_cli.curvature.objective import call_as_it_is
-from hesstrace_cli.curvature.probes import Params
 from hesstrace_cli.curvature.statistics import Mean, means
 
 

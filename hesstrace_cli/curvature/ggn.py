@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from hesstrace_cli.curvature.graph import check_graph, gradient, inner
-from hesstrace_cli.curvature.probes import Params
+from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.tasks import Task
 

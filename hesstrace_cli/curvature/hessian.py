@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from hesstrace_cli.curvature.graph import check_graph, gradient, inner
-from hesstrace_cli.curvature.probes import Params
-from hesstrace_cli.curvature.taylor import Jet
+from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner
+from hesstrace_cli.autodiff.taylor import Jet
 
 ScalarFunc = Callable[[Params], Tensor]
 Mode = Literal["taylor", "forward", "reverse"]

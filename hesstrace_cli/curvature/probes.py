@@ -7,14 +7,15 @@ square root of its inclusion probability, so that v^T H v estimates tr(H) at eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.autodiff.graph import Params
+
 Scheme = Literal["none", "entry", "tensor", "block"]
-Params = Mapping[str, Tensor]
 
 
 def rademacher(like: Tensor, *, generator: Generator) -> Tensor:

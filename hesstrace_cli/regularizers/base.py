@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from hesstrace_cli.autodiff.calls import call_as_it_is
 from hesstrace_cli.config import TrainConfig
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.parallel import Ranks
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from hesstrace_cli.curvature.graph import check_graph, gradient
-from hesstrace_cli.curvature.refusal import refuse
+from hesstrace_cli.autodiff.graph import check_graph, gradient
+from hesstrace_cli.curvature.blame import refuse
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
 

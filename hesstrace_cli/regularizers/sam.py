@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from hesstrace_cli.curvature.graph import gradient
+from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
 

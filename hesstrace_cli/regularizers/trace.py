@@ -20,24 +20,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hesstrace_cli.autodiff.calls import uses_batch_statistics
+from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.config.schedule import ramp
+from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.checks.derivatives import FAILURES
+from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
 from hesstrace_cli.curvature.ggn import (
     root_gradient,
     trace_sample_at,
     trace_sample_of_parts,
     traces_of,
 )
-from hesstrace_cli.curvature.graph import check_graph
 from hesstrace_cli.curvature.hessian import loss_and_form, quadratic_form
-from hesstrace_cli.curvature.objective import Objective, uses_batch_statistics
-from hesstrace_cli.curvature.probes import Params, Scheme, draw_keep, draw_probe, rademacher
-from hesstrace_cli.curvature.refusal import refuse
-from hesstrace_cli.derivatives import FAILURES
-from hesstrace_cli.engines import Engine, choose_engine
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.probes import Scheme, draw_keep, draw_probe, rademacher
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Coupled, Setting, Step, Term
-from hesstrace_cli.schedule import ramp
 
 
 @dataclass(frozen=True)

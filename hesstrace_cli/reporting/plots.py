@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.files import write_atomically
-from hesstrace_cli.records import read_epochs, selected, selection_metric, task_name
 from hesstrace_cli.reporting.layout import shortened
 from hesstrace_cli.reporting.text import for_plot
+from hesstrace_cli.storage.files import write_atomically
+from hesstrace_cli.storage.records import read_epochs, selected, selection_metric, task_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

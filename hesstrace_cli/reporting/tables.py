@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hesstrace_cli.records import measure_of, metrics_of, selection_metric
 from hesstrace_cli.reporting.layout import Strong, Table, Words
+from hesstrace_cli.storage.records import measure_of, metrics_of, selection_metric
 
 Rows = Sequence[Sequence[str]]
 

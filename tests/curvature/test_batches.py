@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.exact import PerExampleTrace
-from hesstrace_cli.curvature.independence import MixedExamples
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example.independence import MixedExamples
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.estimation import estimate
 from tests.curvature import oracles
 from tests.curvature.test_exact import Function
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.checkpointing import plain_checkpoints
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.checkpointing import plain_checkpoints
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import estimate
 
 
 class Checkpointed(nn.Module):

@@ -13,20 +13,21 @@ import pytest
 import torch
 
 from benchmarks import coverage
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.data_loss import Batch
-from hesstrace_cli.curvature.exact import PerExampleTrace
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.statistics import StratifiedMean
-from hesstrace_cli.curvature.trace import (
+from hesstrace_cli.curvature.trace.estimators import (
     control_variate_sampler,
     ggn_sampler,
     hessian_sampler,
     signs_sampler,
 )
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import estimate
 
 LEAST = 0.93
 MOST_WIDTH = 1.5

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hesstrace_cli.autodiff.calls import trainable, uses_batch_statistics
+from hesstrace_cli.autodiff.graph import gradient
+from hesstrace_cli.curvature.blame import refuse
 from hesstrace_cli.curvature.ggn import ggn_vp, trace_sample
-from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp, quadratic_form
-from hesstrace_cli.curvature.objective import Objective, trainable, uses_batch_statistics
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, rademacher
-from hesstrace_cli.curvature.refusal import refuse
 from hesstrace_cli.errors import DerivativeError, HesstraceError
 from hesstrace_cli.tasks.softmax import softmax_root
 from tests.curvature import oracles

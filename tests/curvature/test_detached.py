@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.detached import CutWatch, Detached, check_attached
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.estimation import estimate
 from tests.curvature import oracles
 from tests.curvature.test_batches import BATCH, build, data, normal
 from tests.curvature.zoo import CASES, make

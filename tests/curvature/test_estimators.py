@@ -8,13 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import trace_sample
 from hesstrace_cli.curvature.hessian import quadratic_form
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, num_kept, rademacher
 from hesstrace_cli.curvature.statistics import COUNTED, Mean, StratifiedMean, t_quantile
-from hesstrace_cli.curvature.trace import (
+from hesstrace_cli.curvature.trace.estimators import (
     Stop,
     estimate_trace,
     ggn_sampler,

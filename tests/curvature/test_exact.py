@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hesstrace_cli.curvature import exact, norm_rules
-from hesstrace_cli.curvature.exact import PerExampleTrace, hessian_diagonal_traces
-from hesstrace_cli.curvature.independence import MixedExamples
-from hesstrace_cli.curvature.linearity import why_not_linear
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example import norm_rules
+from hesstrace_cli.curvature.per_example.independence import MixedExamples
+from hesstrace_cli.curvature.per_example.linearity import why_not_linear
+from hesstrace_cli.curvature.trace.estimators import exact
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace, hessian_diagonal_traces
 from tests.curvature import oracles
 from tests.curvature.zoo import CASES, make
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.flatness import (
     Landscape,
@@ -16,7 +17,7 @@ from hesstrace_cli.curvature.flatness import (
     slice_losses,
     worst_sharpness,
 )
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.tasks import Classification, Regression
 from tests.curvature import oracles
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff import differentiable
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature import differentiable, ggn
+from hesstrace_cli.curvature import ggn
 from hesstrace_cli.curvature.ggn import ggn_vp
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
-from hesstrace_cli.curvature.operator import ggn_product
+from hesstrace_cli.curvature.matrix import ggn_product
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import DerivativeError
-from hesstrace_cli.estimation import estimate
 from tests.curvature import oracles
 from tests.curvature.zoo import CASES, Recurrent, make
 

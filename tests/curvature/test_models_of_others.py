@@ -10,11 +10,12 @@ import pytest
 import torch
 from torchvision import models as torchvision_models
 
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.objective import Objective, call_as_it_is, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import estimate
 
 pytestmark = pytest.mark.slow
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.hutchpp import hutchpp
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import rademacher
-from hesstrace_cli.curvature.xtrace import left_out, xtrace
+from hesstrace_cli.curvature.trace.hutchpp import hutchpp
+from hesstrace_cli.curvature.trace.xtrace import left_out, xtrace
 from tests.curvature import oracles
 from tests.curvature.zoo import make
 

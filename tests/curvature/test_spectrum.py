@@ -8,15 +8,16 @@ import math
 import pytest
 import torch
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.density import Density, Share, spectral_density
-from hesstrace_cli.curvature.hutchpp import hutchpp
-from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.operator import CurvatureMatrix
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import rademacher
-from hesstrace_cli.curvature.xtrace import xtrace
-from hesstrace_cli.stability import sentence, stability, threshold
+from hesstrace_cli.curvature.spectrum.density import Density, Share, spectral_density
+from hesstrace_cli.curvature.spectrum.lanczos import Krylov, extreme_eigenvalues
+from hesstrace_cli.curvature.spectrum.stability import sentence, stability, threshold
+from hesstrace_cli.curvature.trace.hutchpp import hutchpp
+from hesstrace_cli.curvature.trace.xtrace import xtrace
 from tests.curvature import oracles
 from tests.curvature.test_derivatives import CASES, setup
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hesstrace_cli.curvature.graph import gradient
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.hessian import loss_and_form, quadratic_form
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from tests.curvature import oracles
 
 

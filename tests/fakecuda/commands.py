@@ -70,10 +70,10 @@ def waits() -> dict:
     """Where a step, an evaluation, Lanczos and sharpness wait, and what sums in no fixed order."""
     import torch
 
+    from hesstrace_cli.analysis.evaluation import evaluate
     from hesstrace_cli.config import TrainConfig, resolve
-    from hesstrace_cli.curvature.lanczos import Krylov
-    from hesstrace_cli.evaluation import evaluate
-    from hesstrace_cli.training import Run
+    from hesstrace_cli.curvature.spectrum.lanczos import Krylov
+    from hesstrace_cli.training.run import Run
     from tests.fakecuda.tensors import logged
 
     found = {}

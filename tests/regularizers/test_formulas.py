@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.distributed.parallel import ALONE
 from hesstrace_cli.errors import ConfigError, ModelError
-from hesstrace_cli.parallel import ALONE
 from hesstrace_cli.regularizers import Part, Setting, Step, build
 from tests.curvature import oracles
 from tests.curvature.zoo import make

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.tasks import Classification, Multilabel, Regression, Segmentation, Task, Tokens

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from hesstrace_cli import verify
+from hesstrace_cli.analysis import verify
+from hesstrace_cli.analysis.evaluation import evaluate
+from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.objective import Objective, trainable
+from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import DataError
-from hesstrace_cli.evaluation import evaluate
 from tests.conftest import invoke
 from tests.tasks.cases import (
     IMAGES,

@@ -8,20 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from hesstrace_cli import methods
+from hesstrace_cli.analysis import method_choice as methods
+from hesstrace_cli.analysis.estimation import data_loss, estimate
+from hesstrace_cli.analysis.evaluation import evaluate, input_jacobian
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature import per_example
 from hesstrace_cli.curvature.data_loss import DataLoss
-from hesstrace_cli.curvature.exact import PerExampleTrace
 from hesstrace_cli.curvature.flatness import Landscape
-from hesstrace_cli.curvature.graph import gradient
 from hesstrace_cli.curvature.hessian import hvp
-from hesstrace_cli.curvature.lanczos import Krylov, extreme_eigenvalues
-from hesstrace_cli.curvature.objective import Objective, trainable
-from hesstrace_cli.curvature.operator import CurvatureMatrix
-from hesstrace_cli.curvature.output_layer import output_layer
-from hesstrace_cli.curvature.per_example import find_uses
-from hesstrace_cli.curvature.trace import (
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example import norms as per_example
+from hesstrace_cli.curvature.per_example.norms import find_uses
+from hesstrace_cli.curvature.per_example.output_layer import output_layer
+from hesstrace_cli.curvature.spectrum.lanczos import Krylov, extreme_eigenvalues
+from hesstrace_cli.curvature.trace.estimators import (
     Stop,
     control_variate_sampler,
     diagonal_sampler,
@@ -31,10 +33,9 @@ from hesstrace_cli.curvature.trace import (
     hessian_sampler,
     signs_sampler,
 )
+from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
-from hesstrace_cli.estimation import data_loss, estimate
-from hesstrace_cli.evaluation import evaluate, input_jacobian
 from hesstrace_cli.tasks import Regression, Segmentation, SoftmaxTask, Tokens
 from tests.jobs import joined, run_job
 from tests.tasks.cases import (

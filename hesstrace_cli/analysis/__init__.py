@@ -1,0 +1,1 @@
+"""A model or checkpoint looked at: loaded, evaluated, traced, its spectrum, its derivatives."""

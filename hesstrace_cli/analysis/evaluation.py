@@ -1,0 +1,194 @@
+"""How a model does on a split, and what bounds on its generalization combine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from hesstrace_cli.autodiff.calls import call_as_it_is, eval_mode, outputs_of
+from hesstrace_cli.curvature.data_loss import check_counts
+from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.statistics import Mean, means
+from hesstrace_cli.data import DataSet, Split
+from hesstrace_cli.randomness import stream_generator
+from hesstrace_cli.tasks import SoftmaxTask
+
+MOST_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on a split.
+
+    Attributes:
+        loss: The task's mean loss over the terms.
+        metrics: The task's, by name.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+
+    @property
+    def accuracy(self) -> float | None:
+        """None where the task has no such thing."""
+        return self.metrics.get("accuracy")
+
+    def finite_metrics(self) -> dict[str, float | None]:
+        """The metrics for a record: null where one is infinite or none."""
+        return {name: finite(value) for name, value in self.metrics.items()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
+    """The mean loss and the metrics on a split, in eval mode.
+
+    The host waits for the device once, at the end.
+
+    Raises:
+        DataError: If no term of the split counts.
+    """
+    check_counts(split.num_terms, len(split))
+    task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
+    with eval_mode(model):
+        for X, y in split.batches(batch_size):
+            outputs = outputs_of(model(X))
+            total = total.to(outputs.device)
+            total += task.loss(outputs, y).double() * task.num_terms(y)
+            meter.add(outputs, y)
+    return Evaluation(total.item() / split.num_terms, meter.result())
+
+
+def finite(number: float | None) -> float | None:
+    """The number; None where it is infinite or none, as no JSON can hold it."""
+    return number if number is not None and math.isfinite(number) else None
+
+
+_FAR = 10.0  # times log C
+
+
+def collapse_of(found: Evaluation, split: Split) -> str | None:
+    """`collapse` of an evaluation; nothing is said where examples have no class each."""
+    if split.task.name != "classification" or split.targets.is_floating_point():
+        return None
+    weights = split.task.class_weights if isinstance(split.task, SoftmaxTask) else None
+    return collapse(found.loss, found.metrics["accuracy"], split.targets, weights)
+
+
+def collapse(
+    loss: float, accuracy: float, labels: Tensor, weights: Sequence[float] | None = None
+) -> str | None:
+    """Whether a network tells no more than nothing of these examples, and by what; None if not.
+
+    Whoever names every class with its share of the examples, whatever the input, has a loss of the
+    shares' entropy, the least that is possible so, and at most the largest share as accuracy. With
+    class weights the shares are those of the weights' sum, by which the losses are multiplied.
+
+    Args:
+        loss: The mean cross-entropy on the examples.
+        accuracy: On them.
+        labels: Theirs.
+        weights: Of the classes in the loss; None weighs all alike.
+    """
+    classes, counts = labels.cpu().unique(return_counts=True)
+    shares = counts.double() / len(labels)
+    largest = shares.max().item()
+    if weights is not None:
+        shares = shares * torch.tensor(weights, dtype=torch.float64)[classes]
+    whole = shares.sum().item()
+    entropy = torch.special.entr(shares).sum().item() + math.log(max(whole, 1e-300)) * whole
+    guess = whole * math.log(max(2, len(counts)))
+    if loss > _FAR * guess:
+        return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
+    noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
+    if entropy > 0 and loss >= 0.99 * entropy and accuracy <= largest + noise:
+        return (
+            f"accuracy {accuracy:.3g} and loss {loss:.3g} are no better than those of the classes' "
+            f"shares alone, {largest:.3g} and {entropy:.3g}"
+        )
+    return None
+
+
+def input_jacobian(
+    model: nn.Module, split: Split, batch_size: int, *, seed: int = 0
+) -> Mean | None:
+    """The mean over examples of ||df(x)/dx||_F^2, f the outputs, in eval mode.
+
+    Exact for each example by K backward passes where its outputs are at most K = 32 numbers; else
+    from 32 random sign vectors s, as E ||s^T J||^2 = ||J||_F^2.
+
+    Args:
+        model: The network.
+        split: The examples.
+        batch_size: Examples at a time.
+        seed: Of the sign vectors.
+
+    Returns:
+        With the standard error as an estimate for all examples that the split may stand for; None
+        of inputs that are indices, which have no derivative.
+    """
+    generator = stream_generator(seed, next(model.parameters()).device, "input-jacobian")
+    norms = []
+    with eval_mode(model):
+        for X, _ in split.batches(batch_size):
+            if not X.is_floating_point():
+                return None
+            norms.append(_squared_norms(model, X, generator))
+    return means(torch.cat(norms).double().cpu()[:, None])[0]
+
+
+def _squared_norms(model: nn.Module, X: Tensor, generator: Generator) -> Tensor:
+    X = X.detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = call_as_it_is(model, X)
+    shape = outputs.shape[1:]
+    numbers = math.prod(shape)
+    if numbers <= MOST_COLUMNS:
+        rows = torch.eye(numbers, dtype=outputs.dtype, device=X.device)
+        cotangents = [row.reshape(1, *shape).expand_as(outputs) for row in rows]
+    else:
+        cotangents = [rademacher(outputs.detach(), generator=generator) / MOST_COLUMNS**0.5
+                      for _ in range(MOST_COLUMNS)]  # fmt: skip
+    total = torch.zeros(len(X), dtype=torch.float64, device=X.device)
+    for cotangent in cotangents:
+        (product,) = torch.autograd.grad(
+            outputs, X, cotangent, retain_graph=True, materialize_grads=True
+        )
+        total += product.double().square().flatten(1).sum(1)
+    return total
+
+
+def generalization_report(
+    model: nn.Module, data: DataSet, split: Split, batch_size: int, trace: float
+) -> dict[str, Any]:
+    """Losses and metrics on both splits, their gaps, the input Jacobian and the trace.
+
+    Args:
+        model: The network.
+        data: Its training and test examples.
+        split: The training examples that trace and Jacobian are of.
+        batch_size: Examples at a time.
+        trace: tr(H) or tr(G) on the split.
+    """
+    train, test = (evaluate(model, each, batch_size) for each in (data.train, data.test))
+    jacobian = input_jacobian(model, split, batch_size)
+    gap = None
+    if train.accuracy is not None and test.accuracy is not None:
+        gap = train.accuracy - test.accuracy
+    return {
+        "train_loss": finite(train.loss),
+        "test_loss": finite(test.loss),
+        "generalization_gap": finite(test.loss - train.loss),
+        "train_accuracy": train.accuracy,
+        "test_accuracy": test.accuracy,
+        "accuracy_gap": gap,
+        "train_metrics": train.finite_metrics(),
+        "metrics": test.finite_metrics(),
+        "input_jacobian": None if jacobian is None else finite(jacobian.value),
+        "input_jacobian_stderr": None if jacobian is None else finite(jacobian.stderr),
+        "trace": trace,
+    }

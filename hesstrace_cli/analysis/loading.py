@@ -1,0 +1,257 @@
+"""A checkpoint's model and data, as the file and the flags describe them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesstrace_cli.autodiff.calls import call_as_it_is, eval_mode
+from hesstrace_cli.autodiff.casting import cast_model
+from hesstrace_cli.config import CheckpointConfig, DataConfig
+from hesstrace_cli.curvature.per_example.independence import MixedExamples, check_independence
+from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
+from hesstrace_cli.distributed import launcher
+from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.failures import is_of_the_machine
+from hesstrace_cli.models import build_model, is_plugin
+from hesstrace_cli.randomness import random_state_kept
+from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
+from hesstrace_cli.storage.files import check_apart, files_of
+
+
+def select_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is CUDA where there is one.
+
+    Each process of a job takes the GPU of its number on its machine.
+
+    Raises:
+        ConfigError: If it does not exist here, or is wanted by several processes.
+    """
+    place = launcher.place()
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda") if place.size == 1 else _own_gpu(place)
+    if name == "auto":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    digits = number.isascii() and number.isdigit()
+    if kind not in ("cpu", "cuda") or (":" in name and not (digits and kind == "cuda")):
+        raise ConfigError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ConfigError(f"--device is {name!r}, but this machine has {count} usable CUDA devices")
+    if kind == "cuda" and place.local_size > 1:
+        raise ConfigError(
+            f"--device is {name!r}, which puts {place.local_size} processes on one GPU; give "
+            "--device cuda, and each takes its own"
+        )
+    return torch.device(name)
+
+
+def _own_gpu(place: launcher.Place) -> torch.device:
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ConfigError(
+            f"this is process {place.local_rank + 1} of {place.local_size} on this machine, which "
+            f"has {count} usable CUDA devices, and each needs its own; lower --nproc-per-node, or "
+            "give --device cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model on its device, with its data.
+
+    Attributes:
+        model: With the checkpoint's weights.
+        data: What it was trained on, or what the user named.
+        model_name: As it was built.
+        split: The examples asked for.
+        population: The number of examples that they stand for.
+        run: The settings of the run that wrote it, where it says them.
+        epoch: That the checkpoint was written after, where it says so.
+        warnings: What the user should know of the estimate.
+    """
+
+    model: nn.Module
+    data: DataSet
+    model_name: str
+    split: Split
+    population: int
+    run: dict[str, Any]
+    epoch: int | None
+    warnings: list[str]
+
+
+def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
+    """Build the model of a checkpoint and load its data; flags win over what the file says.
+
+    Raises:
+        ModelError: If the checkpoint cannot be read or does not fit.
+        ConfigError: If neither it nor the flags name the model and the data.
+        DataError: If the data is missing or out of range.
+    """
+    checkpoint = read_checkpoint(path)
+    own = checkpoint.content
+    said: dict[str, Any] = own.get("config", {})
+    model_name = config.model or said.get("model")
+    if model_name is None:
+        raise ConfigError(f"checkpoint {path!r} does not say its model; give --model")
+    if config.model is None and is_plugin(model_name):
+        raise ModelError(
+            f"checkpoint {path!r} names the plug-in {model_name!r}, which is imported only if "
+            f"you repeat it: --model {model_name}"
+        )
+    dataset = config.dataset or said.get("dataset")
+    if config.dataset is None and dataset is not None and is_data_plugin(dataset):
+        raise ModelError(
+            f"checkpoint {path!r} names the data plug-in {dataset!r}, which is imported only if "
+            f"you repeat it: --dataset {dataset}"
+        )
+    if dataset is None:
+        raise ConfigError(f"checkpoint {path!r} does not say its data; give --dataset")
+    for place in (config.json, config.plot):
+        check_apart(place, [path, *files_of(model_name), *files_of(dataset)])
+    same_data = dataset == said.get("dataset")
+    defaults = said if same_data else {}
+    names = (
+        "data_dir",
+        "image_size",
+        "train_examples",
+        "val_fraction",
+        "num_classes",
+        "task",
+        "class_weights",
+    )
+    unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
+    changes: dict[str, Any] = {
+        **unsaid,
+        "model": model_name,
+        "dataset": dataset,
+        "model_arg": config.model_arg or said.get("model_arg", {}),
+        "ignore_index": config.ignore_index
+        if config.ignore_index != DataConfig.ignore_index
+        else defaults.get("ignore_index", DataConfig.ignore_index),
+    }
+    config = dataclasses.replace(config, **changes)
+    device = select_device(config.device)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    recorded = own.get("preprocess") if same_data else None
+    data = load_data(config, device, dtype=dtype, recorded=recorded)
+    model = build_model(
+        model_name,
+        num_classes=own.get("num_classes", data.num_classes),
+        in_shape=data.in_shape,
+        model_args=config.model_arg,
+        seed=0,
+    )
+    load_weights(model, checkpoint.state_dict, path)
+    model = cast_model(model, device, dtype).eval()
+    check_fit(model, data, model_name)
+    split = data.test if config.split == "test" else data.train
+    population = len(split)
+    if config.num_examples is not None and config.num_examples < population:
+        split = split.subset(stratified_order(split.targets, config.seed)[: config.num_examples])
+    notes = [] if checkpoint.note is None else [checkpoint.note]
+    notes += _warnings(model, data, config)
+    return Loaded(
+        model, data, model_name, split, population, said, own.get("epoch"), notes
+    )  # fmt: skip
+
+
+def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list[str]:
+    X, _ = next(data.test.batches(8))
+    try:
+        check_independence(
+            lambda X: call_as_it_is(model, X), X, torch.Generator(X.device).manual_seed(0)
+        )
+    except MixedExamples:
+        return [
+            "the model uses batch statistics, or mixes examples otherwise, in eval mode: its loss "
+            f"is the one over batches of {config.batch_size}"
+        ]
+    return []
+
+
+def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
+    """Try the model on two examples.
+
+    Returns:
+        The number of its outputs: of classes, or of the numbers of a target.
+
+    Raises:
+        ModelError: If it does not take them, or gives what the task does not expect.
+    """
+    X, y = next(data.test.batches(2))
+    with eval_mode(model):
+        outputs = _try(model, X, name, "eval mode")
+    data.task.check_outputs(outputs, y, name)
+    width = data.task.width(outputs)
+    if width < data.num_classes:
+        raise ModelError(
+            f"model {name!r} gives outputs of shape {tuple(outputs.shape)} for {len(X)} examples, "
+            f"expected {data.num_classes}, a logit for each class of {data.name}"
+        )
+    return width
+
+
+def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
+    """Try the model in training mode, in which some give more than logits.
+
+    Raises:
+        ModelError: If it does not take them, or what it gives is no tensor of logits.
+    """
+    X, _ = next(data.train.batches(2))
+    if len(X) < 2:
+        return
+    with random_state_kept():
+        _try(model.train(), X, name, "training mode")
+
+
+def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
+    """The outputs of a model in its present mode.
+
+    Raises:
+        ModelError: If it does not take the inputs, or what it gives is no tensor of logits.
+    """
+    try:
+        with torch.enable_grad():
+            logits = call_as_it_is(model, X)
+    except ModelError as problem:
+        raise ModelError(f"model {name!r} in {mode}: {problem}") from problem
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:
+        if is_of_the_machine(problem):
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model {name!r} does not take inputs of shape {tuple(X.shape[1:])}: {reason}"
+        ) from problem
+    _check_output(logits, name, mode)
+    return logits
+
+
+def _check_output(output: Tensor, name: str, mode: str) -> None:
+    if not output.is_floating_point() or output.layout is not torch.strided:
+        kind = str(output.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"model {name!r} gives a tensor of {kind} in {mode}, expected logits in floating point"
+        )
+    if not output.requires_grad:
+        raise ModelError(
+            f"the outputs of model {name!r} have no gradient in {mode}: it detaches them, computes "
+            "without gradients, or has no trainable parameter"
+        )
+
+
+def describe(path: str, loaded: Loaded) -> dict[str, Any]:
+    """What a record says of its checkpoint."""
+    return {
+        "checkpoint": path,
+        "epoch": loaded.epoch,
+        "model": loaded.model_name,
+        "dataset": loaded.data.name,
+        "preprocess": loaded.data.preprocess.as_dict(),
+    }

@@ -1,0 +1,217 @@
+"""Eigenvalues, spectral density, stability and flatness of a checkpoint, as a record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hesstrace_cli.analysis.estimation import data_loss, versions
+from hesstrace_cli.analysis.evaluation import evaluate, finite
+from hesstrace_cli.analysis.loading import Loaded, describe, load_checkpoint
+from hesstrace_cli.autodiff.calls import draws_random_numbers
+from hesstrace_cli.autodiff.precision import full_precision
+from hesstrace_cli.config import SpectrumConfig
+from hesstrace_cli.curvature.checks.own_functions import check_own_functions
+from hesstrace_cli.curvature.data_loss import DataLoss
+from hesstrace_cli.curvature.detached import Detached, check_attached
+from hesstrace_cli.curvature.flatness import (
+    Landscape,
+    average_sharpness,
+    random_direction,
+    slice_losses,
+    worst_sharpness,
+)
+from hesstrace_cli.curvature.matrix import CurvatureMatrix
+from hesstrace_cli.curvature.probes import rademacher
+from hesstrace_cli.curvature.spectrum.density import Density, spectral_density
+from hesstrace_cli.curvature.spectrum.lanczos import Extremes, Krylov, extreme_eigenvalues
+from hesstrace_cli.curvature.spectrum.stability import sentence, stability
+from hesstrace_cli.curvature.statistics import Mean
+from hesstrace_cli.data import DataSet
+from hesstrace_cli.errors import ModelError, NumericsError
+from hesstrace_cli.randomness import stream_generator
+
+SCHEMA = "hesstrace/spectrum/1"
+_ASCENT_STEPS = 10
+_CONVERGED = 1e-3  # of the largest, as asked of the residuals
+_BULK = 0.99  # share of the eigenvalues that count as the bulk
+
+
+@full_precision()
+def spectrum_of_checkpoint(
+    path: str, config: SpectrumConfig, on_loaded: Callable[[DataSet], None] = lambda _: None
+) -> tuple[dict[str, Any], list[str]]:
+    """The spectrum record of one checkpoint, and warnings; `on_loaded` gets its data at once.
+
+    H or G is that of the task's mean loss over the chosen examples, all trainable parameters,
+    in eval mode.
+
+    Raises:
+        HesstraceError: If the checkpoint cannot be read, does not fit, is random in eval mode,
+            or has a loss that is not finite.
+    """
+    begin = time.monotonic()
+    loaded = load_checkpoint(path, config)
+    on_loaded(loaded.data)
+    model, split = loaded.model.eval(), loaded.split
+    if draws_random_numbers(model, next(split.batches(2))[0]):
+        raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")
+    found = evaluate(model, split, config.batch_size)
+    if not math.isfinite(found.loss):
+        raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
+    data = data_loss(model, split, config.batch_size)
+    doubts = _check_derivatives(data, config)
+    matrix = CurvatureMatrix(data, config.curvature)
+    like = next(iter(data.objective.params.values())).detach().new_empty(matrix.size)
+    generator = stream_generator(config.seed, like.device, "eigenvalues")
+    first = Krylov(matrix, rademacher(like, generator=generator))
+    first.extend(min(config.steps, config.max_products))  # the density takes them anyway
+    extremes = extreme_eigenvalues(first, k=config.top, max_products=config.max_products)
+    others = (rademacher(like, generator=generator) for _ in range(config.num_probes - 1))
+    density = spectral_density(matrix, others, steps=config.steps, first=first)
+    record = {
+        "schema": SCHEMA,
+        **_spectrum(extremes, density),
+        "stability": _stability(extremes, density, config, loaded),
+        **_flatness(data, config),
+        "curvature": config.curvature,
+        "num_examples": len(split),
+        "num_parameters": matrix.size,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "task": split.task.name,
+        "selection": split.task.selection.as_dict(),
+        "loss_name": split.task.described_loss(),
+        "num_terms": split.num_terms,
+        "metrics": found.finite_metrics(),
+        "split": config.split,
+        "dtype": config.dtype,
+        "device": str(like.device),
+        "seed": config.seed,
+        "seconds": time.monotonic() - begin,
+        "versions": versions(),
+    }
+    warnings = [*loaded.warnings, *doubts, *_doubts(extremes, config)]
+    return {**record, **describe(path, loaded)}, warnings
+
+
+def _check_derivatives(data: DataLoss, config: SpectrumConfig) -> list[str]:
+    X, _ = next(iter(data.batches()))
+    try:
+        check_attached(data.objective, X)
+    except Detached as problem:
+        return [str(problem)]
+    return check_own_functions(data, config.curvature, config.seed)
+
+
+def _doubts(extremes: Extremes, config: SpectrumConfig) -> Iterator[str]:
+    found = [*extremes.largest, extremes.smallest]
+    residuals = [*extremes.residuals, extremes.smallest_residual]
+    size = max(map(abs, found))
+    if max(residuals) > _CONVERGED * size:
+        yield (
+            f"after {extremes.products} products some eigenvalues have residuals of up to "
+            f"{max(residuals):.2g}; --max-products raises their number"
+        )
+    if len(extremes.largest) < config.top:
+        yield (
+            f"{len(extremes.largest)} of --top {config.top} eigenvalues were found after "
+            f"{extremes.products} products"
+        )
+
+
+def _spectrum(extremes: Extremes, density: Density) -> dict[str, Any]:
+    trace, squares = density.moment(1), density.moment(2)
+    frobenius = math.sqrt(max(0.0, squares.value))
+    grid, values = density.on_grid()
+    edge, negative = density.quantile(_BULK), density.share_below(0.0)
+    return {
+        "eigenvalues": extremes.largest,
+        "residuals": extremes.residuals,
+        "smallest": extremes.smallest,
+        "smallest_residual": extremes.smallest_residual,
+        "products": sum(len(nodes) for nodes in density.nodes),
+        "density": {"grid": grid, "values": values},
+        "trace": trace.value,
+        "trace_stderr": trace.stderr,
+        "frobenius_norm": frobenius,
+        "frobenius_norm_stderr": _root_error(squares, frobenius),
+        "negative_share": negative.value,
+        "negative_share_bounds": [negative.low, negative.high],
+        "effective_dimension": trace.value**2 / squares.value if squares.value > 0 else None,
+        "bulk_edge": edge,
+        "largest_over_bulk_edge": extremes.largest[0] / edge if edge > 0 else None,
+    }
+
+
+def _root_error(squares: Mean, root: float) -> float | None:
+    return squares.stderr / (2 * root) if squares.stderr is not None and root > 0 else None
+
+
+def _flatness(data: DataLoss, config: SpectrumConfig) -> dict[str, Any]:
+    landscape = Landscape(data)
+    device = next(iter(data.objective.params.values())).device
+    flatness: dict[str, Any] = {"radius": config.radius, "num_directions": config.num_directions}
+    for name, normalized in (("plain", False), ("filter_normalized", True)):
+        generator = stream_generator(config.seed, device, "directions")
+        shared: dict[str, Any] = {
+            "radius": config.radius, "normalized": normalized, "generator": generator
+        }  # fmt: skip
+        average = average_sharpness(landscape, num_directions=config.num_directions, **shared)
+        worst = worst_sharpness(landscape, steps=_ASCENT_STEPS, **shared)
+        flatness[name] = {
+            "average": finite(average.value),
+            "average_stderr": finite(average.stderr),
+            "worst": finite(worst),
+        }
+    return {"flatness": flatness, "slice": _slice(landscape, device, config)}
+
+
+def _slice(
+    landscape: Landscape, device: torch.device, config: SpectrumConfig
+) -> dict[str, Any] | None:
+    if not config.slice:
+        return None
+    generator = stream_generator(config.seed, device, "slice")
+    params = landscape.objective.params
+    directions = [
+        random_direction(params, normalized=True, generator=generator) for _ in range(config.slice)
+    ]
+    half = config.slice_points // 2  # the checkpoint itself is the middle one
+    grid = [config.slice_radius * i / half for i in range(-half, half + 1)]
+    rows = slice_losses(landscape, directions, grid)
+    losses = [[finite(x) for x in r] if isinstance(r, list) else finite(r) for r in rows]
+    return {"dimensions": config.slice, "grid": grid, "losses": losses}
+
+
+def _stability(
+    extremes: Extremes, density: Density, config: SpectrumConfig, loaded: Loaded
+) -> dict[str, Any] | None:
+    """None where neither the flags nor the checkpoint give a learning rate of SGD."""
+    # What another optimizer calls so is something else.
+    run = loaded.run if loaded.run.get("optimizer", "sgd") == "sgd" else {}
+    lr = config.lr if config.lr is not None else run.get("lr")
+    if lr is None:
+        return None
+    momentum = config.momentum if config.momentum is not None else run.get("momentum", 0.0)
+    nesterov = config.nesterov if config.nesterov is not None else run.get("nesterov", False)
+    weight_decay = run.get("weight_decay", 0.0)
+    report = stability(
+        extremes.largest,
+        smallest=extremes.smallest,
+        smallest_residual=extremes.smallest_residual,
+        negative=density.share_below(-weight_decay),
+        size=density.size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+    numbers = {k: finite(v) if isinstance(v, float) else v for k, v in report.items()}
+    matrix = "Hessian" if config.curvature == "hessian" else "Gauss-Newton matrix"
+    own = config.lr is None and run.get("schedule", "constant") != "constant"
+    return {**numbers, "sentence": sentence(report, matrix, "the run's initial" if own else "a")}

@@ -1,0 +1,1 @@
+"""Derivatives that are right of every order, of any model: no loss, no estimator."""

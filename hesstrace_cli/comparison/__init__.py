@@ -1,0 +1,1 @@
+"""Runs beside each other: the grid that makes them, the table that they make."""

@@ -1,0 +1,376 @@
+"""The runs of a comparison: planned, run one by one or side by side, and chosen from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hesstrace_cli.comparison.table import CHOSEN, PLANNED, Found
+from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
+from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
+from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
+from hesstrace_cli.storage.locks import FolderLock
+from hesstrace_cli.storage.records import read_diverged, selected, task_name
+from hesstrace_cli.storage.runs import RunFolder, default_folder
+from hesstrace_cli.tasks import TASKS
+
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+_OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One cell of the grid.
+
+    Attributes:
+        entry: The number of its row in the table; runs of several strengths may share one.
+        regularizer: The row's canonical name.
+        config: The run's own config, in its folder.
+    """
+
+    entry: int
+    regularizer: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it goes."""
+        assert self.config.out is not None
+        return RunFolder(Path(self.config.out))
+
+    @property
+    def diverged(self) -> Path:
+        """The note that this run stopped with a loss that is not finite."""
+        return self.folder.path / "diverged.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether it is finished, or has diverged."""
+        return self.folder.summary() is not None or self.diverged.is_file()
+
+
+def root(config: CompareConfig) -> Path:
+    """The comparison's folder."""
+    return Path(config.out or "comparisons/compare")
+
+
+def lock(config: CompareConfig) -> FolderLock:
+    """Make the comparison's folder and keep other comparisons out of it.
+
+    Raises:
+        ConfigError: If it cannot be made, holds other things, or another process is at work in it.
+    """
+    folder = root(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FolderLock(folder)
+        files = {file.name for file in folder.iterdir()} - {file.name for file in leftovers(folder)}
+        if files and not files & {"runs", PLANNED}:
+            raise ConfigError(
+                f"--out {str(folder)!r} is not empty and holds no comparison; choose another folder"
+            )
+        clear_leftovers(folder)
+    except OSError as problem:
+        raise ConfigError(f"--out {str(folder)!r} cannot be used: {problem.strerror}") from problem
+    return held
+
+
+def plan(config: CompareConfig) -> list[PlannedRun]:
+    """The runs of the grid: for a seed, every row has the same initial weights and data order."""
+    own = {item.name for item in dataclasses.fields(TrainConfig)}
+    common = {k: getattr(config, k) for k in own - _OF_A_RUN}
+    runs = [
+        _planned(config, {**common, "dataset": dataset, "model": model}, entry, row, seed)
+        for dataset in config.dataset.split(",")
+        for model in config.model.split(",")
+        for seed in config.seeds
+        for entry, candidates in enumerate(config.candidates())
+        for row in candidates
+    ]
+    places: dict[str | None, PlannedRun] = {}
+    for run in runs:
+        other = places.setdefault(run.config.out, run)
+        if other is not run:
+            raise ConfigError(
+                f"two runs would go to {run.config.out!r}: {_label(other)} and {_label(run)}; "
+                "rename one of their files"
+            )
+    return runs
+
+
+def _label(run: PlannedRun) -> str:
+    return f"{run.config.dataset} {run.config.model} {run.regularizer}"
+
+
+def _planned(
+    config: CompareConfig, settings: dict[str, Any], entry: int, row: dict[str, float], seed: int
+) -> PlannedRun:
+    run = TrainConfig(**settings, reg=[row_name(row)], seed=seed)
+    folder = default_folder(run, str(root(config) / "runs"))
+    return PlannedRun(entry, row_name(row), dataclasses.replace(run, out=str(folder)))
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The command line of `hesstrace` that trains this run, complete, and resumes it if begun."""
+    words = ["train"]
+    for item in dataclasses.fields(config):
+        value, flag = getattr(config, item.name), "--" + key_of(item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        always = item.name in ("reg", "seed", "out", "dataset", "model")
+        if (
+            item.name in ("resume", "resume_or_start")
+            or (value == default and not always)
+            or value is None
+        ):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{key_of(item.name)}")
+        elif isinstance(value, dict):
+            words += [w for k, v in value.items() for w in (flag, f"{k}={v}")]
+        elif isinstance(value, list):
+            words += [flag, ",".join(str(v) for v in value)]
+        else:
+            words += [flag, str(value)]
+    return [*words, "--resume-or-start"]
+
+
+def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs that are not done, those begun already to be resumed.
+
+    Raises:
+        ConfigError: If a run's folder holds one with other settings.
+    """
+    for run in runs:
+        if run.folder.settings.is_file():
+            run.folder.check_same(run.config)
+    return [
+        dataclasses.replace(run, config=dataclasses.replace(run.config, resume_or_start=True))
+        for run in runs
+        if not run.done
+    ]
+
+
+def note_divergence(run: PlannedRun, problem: str) -> None:
+    """Leave a note in the run's folder, so that its row says so and it is not tried again."""
+    config = run.config
+    note = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "regularizers": run.regularizer,
+        "seed": config.seed,
+        "reason": problem,
+    }
+    write_atomically(run.diverged, json.dumps(note, indent=2) + "\n")
+
+
+def results(runs: Sequence[PlannedRun]) -> Found:
+    """What came of the runs, all of which have ended."""
+    finished = [
+        {**summary, "folder": run.config.out}
+        for run in runs
+        if (summary := run.folder.summary()) is not None
+    ]
+    diverged = [read_diverged(run.diverged) for run in runs if run.diverged.is_file()]
+    return Found(finished, diverged, [])
+
+
+def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """For every row of the table the runs of the strength that is best on validation.
+
+    The mean over the seeds of what the task picks by decides; of equal ones the first listed. A
+    strength that diverged with any seed is not chosen while another did not.
+    """
+    cells: dict[tuple[str, str, int], dict[str, list[PlannedRun]]] = {}
+    for run in runs:
+        key = (run.config.dataset, run.config.model, run.entry)
+        cells.setdefault(key, {}).setdefault(run.regularizer, []).append(run)
+    chosen: list[PlannedRun] = []
+    for candidates in cells.values():
+        chosen += max(candidates.values(), key=_validation_score)
+    return chosen
+
+
+def write_chosen(folder: Path, chosen: Sequence[PlannedRun]) -> None:
+    """Note the chosen runs, for `compare DIR` to collect them alone."""
+    names = [run.folder.path.name for run in chosen]
+    write_atomically(folder / CHOSEN, json.dumps(names, indent=2) + "\n")
+
+
+def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
+    """Note all runs, so that a table of those finished can say how many there are to be.
+
+    What an earlier comparison in the folder has chosen holds no longer where runs are pending.
+    """
+    planned = {
+        str(run.folder.path.relative_to(folder)): {
+            "dataset": run.config.dataset,
+            "model": run.config.model,
+            "regularizers": run.regularizer,
+            "seed": run.config.seed,
+        }
+        for run in runs
+    }
+    write_atomically(folder / PLANNED, json.dumps(planned, indent=2) + "\n")
+    if not all(run.done for run in runs):
+        (folder / CHOSEN).unlink(missing_ok=True)
+
+
+def chosen_by(runs: Iterable[PlannedRun]) -> list[str]:
+    """What the strengths of finished runs were chosen by, each metric once."""
+    found = (run.folder.summary() for run in runs)
+    return list(dict.fromkeys(TASKS[task_name(s)].selection.metric for s in found if s is not None))
+
+
+def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:
+    """Whether every run has one, and the mean of those that have; the larger the better."""
+    found = [_score(run) for run in runs]
+    scores = [score for score in found if score is not None]
+    return len(scores) == len(found), statistics.fmean(scores) if scores else -math.inf
+
+
+def _score(run: PlannedRun) -> float | None:
+    summary = run.folder.summary()
+    if summary is None:
+        return None
+    selection = TASKS[task_name(summary)].selection
+    value = selected(summary, "val", selection.metric)
+    if value is None:
+        return None
+    return value if selection.higher_is_better else -value
+
+
+@dataclasses.dataclass
+class Job:
+    """A run in a process of its own.
+
+    Attributes:
+        run: What it trains.
+        process: The process; its messages go to `train.log` beside the run's folder.
+        began: When it began.
+    """
+
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    began: float
+
+    @property
+    def log(self) -> Path:
+        """Its messages."""
+        return _log_of(self.run)
+
+    def end(self) -> None:
+        """Wait for it; only then let go of the pipe that ties it to this process."""
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def epochs(self) -> int:
+        """Epochs done."""
+        file = self.run.folder.metrics
+        return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def _log_of(run: PlannedRun) -> Path:
+    path = run.folder.path
+    return path.with_name(path.name + ".log")
+
+
+def _start(run: PlannedRun, slot: int, jobs: int) -> Job:
+    environment = dict(os.environ)
+    devices = [d for d in environment.get("CUDA_VISIBLE_DEVICES", _all_gpus()).split(",") if d]
+    if devices and run.config.device in ("auto", "cuda"):
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
+    try:
+        _log_of(run).parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(_log_of(run), _APPEND, 0o666)
+    except OSError as problem:
+        raise ConfigError(
+            f"{str(_log_of(run))!r} cannot be written: {problem.strerror}"
+        ) from problem
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hesstrace_cli.cli.job", *arguments(run.config)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        os.close(log)
+    return Job(run, process, time.monotonic())
+
+
+def _all_gpus() -> str:
+    import torch
+
+    return ",".join(map(str, range(torch.cuda.device_count())))
+
+
+def run_side_by_side(
+    runs: Sequence[PlannedRun],
+    jobs: int,
+    on_change: Callable[[list[Job], int], None],
+    should_stop: Callable[[], int | None],
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Train the runs, so many at a time; the free slot's GPU gets the next one.
+
+    Args:
+        runs: What is pending.
+        jobs: How many at a time.
+        on_change: Told the jobs at work and the number of those waiting, now and then.
+        should_stop: A signal number stops the jobs, which save, and then this.
+
+    Yields:
+        Each run as it ends, with None, or with the problem where it diverged.
+
+    Raises:
+        HesstraceError: If a run failed for another reason, after the others have ended.
+        Stopped: After all jobs have saved.
+    """
+    waiting, slots = list(runs), dict[int, Job]()
+    failed: tuple[PlannedRun, int] | None = None
+    try:
+        while slots or (waiting and failed is None):
+            number = should_stop()
+            if number is not None:
+                raise Stopped(f"stopped by signal {number}; the runs have saved", number)
+            for slot in range(jobs):
+                if slot not in slots and waiting and failed is None:
+                    slots[slot] = _start(waiting.pop(0), slot, jobs)
+            time.sleep(0.2)
+            for slot, job in list(slots.items()):
+                code = job.process.poll()
+                if code is None:
+                    continue
+                slots.pop(slot).end()
+                if code == NumericsError.exit_code:
+                    yield job.run, _last_line(job.log)
+                elif code == 0 and job.run.done:  # code of the user's may end it with 0
+                    yield job.run, None
+                else:
+                    failed = failed or (job.run, code)
+            on_change(list(slots.values()), len(waiting))
+    finally:
+        for job in slots.values():
+            job.process.send_signal(signal.SIGTERM)
+        for job in slots.values():
+            job.end()
+    if failed is not None:
+        run, code = failed
+        problem = HesstraceError(f"{run.config.out} failed: {_last_line(_log_of(run))}")
+        problem.exit_code = code if code > 0 else 1
+        raise problem
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,394 @@
+"""The table of a comparison: means and spreads over seeds, paired differences, and who wins."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.special import stdtr
+
+from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name
+from hesstrace_cli.curvature.statistics import t_quantile
+from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.paths import is_folder
+from hesstrace_cli.reporting.text import for_csv
+from hesstrace_cli.storage.files import write_atomically
+from hesstrace_cli.storage.records import (
+    measure_of,
+    metrics_of,
+    read_chosen,
+    read_diverged,
+    read_planned,
+    task_name,
+)
+from hesstrace_cli.storage.resume import PLACE
+from hesstrace_cli.storage.runs import RunFolder
+from hesstrace_cli.tasks import TASKS, Task
+
+SCHEMA = "hesstrace/comparison/1"
+MEASURES = (
+    "test_accuracy", "test_loss", "train_loss", "generalization_gap", "calibration_error",
+    "trace", "input_jacobian", "top_eigenvalue",
+)  # fmt: skip
+
+LEVEL = 0.05
+Summary = Mapping[str, Any]
+
+
+CHOSEN = "chosen.json"
+"""In a comparison's folder, the names of the runs whose strength was chosen."""
+
+PLANNED = "planned.json"
+"""In a comparison's folder, what its runs are, those not begun included."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The runs under a folder.
+
+    Attributes:
+        finished: Their summaries, with their `folder`.
+        diverged: The notes of those that stopped with a loss that is not finite, with `folder`.
+        unfinished: `dataset`, `model`, `regularizers` and `seed` of those begun or planned.
+    """
+
+    finished: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
+    unfinished: list[dict[str, Any]]
+
+
+def collect(folder: Path) -> Found:
+    """The runs under a folder; of several strengths to choose from, those of the chosen one.
+
+    Raises:
+        ConfigError: If none is finished.
+    """
+    if not is_folder(folder):
+        raise ConfigError(f"{str(folder)!r} is no folder, expected one with finished runs")
+    names = read_chosen(folder / CHOSEN)
+
+    def folders(name: str) -> list[Path]:
+        found = sorted(file.parent for file in folder.glob(f"**/{name}"))
+        if names is None:
+            return found
+        return sorted((f for f in found if f.name in names), key=lambda f: names.index(f.name))
+
+    finished = [
+        {**summary, "folder": str(run)}
+        for run in folders("summary.json")
+        if (summary := RunFolder(run).summary()) is not None
+    ]
+    diverged = [
+        {**read_diverged(run / "diverged.json"), "folder": str(run)}
+        for run in folders("diverged.json")
+    ]
+    ended = {run["folder"] for run in [*finished, *diverged]}
+    begun = {str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended}
+    for file in folder.glob(f"**/{PLANNED}"):
+        for name, run in read_planned(file).items():
+            place = str(file.parent / name)
+            if place not in ended and (names is None or Path(name).name in names):
+                begun.setdefault(place, run)
+    if not finished and not diverged:
+        left = f", {len(begun)} that are not finished" if begun else ""
+        raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json){left}")
+    return Found(finished, diverged, list(begun.values()))
+
+
+def _settings(run: Path) -> TrainConfig:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{str(run)!r} has no config.yaml, so that its settings are not known; only runs of "
+            "the same settings can be compared"
+        )
+    return resolve(TrainConfig, {}, str(file))
+
+
+def _described(run: Path) -> dict[str, Any]:
+    config = _settings(run)
+    name = row_name(parse_row(config.reg, config.lambda_))
+    return {"dataset": config.dataset, "model": config.model, "regularizers": name,
+            "seed": config.seed, "folder": str(run)}  # fmt: skip
+
+
+_REGULARIZER = ("reg", "lambda_", "seed")
+
+
+def check_comparable(runs: Sequence[Summary]) -> None:
+    """Runs of one data set and model may differ in regularizer and seed, and in where they ran.
+
+    The settings of the trace penalty belong to the regularizer: they may differ between rows, not
+    within one.
+
+    Args:
+        runs: With `folder`, `dataset`, `model` and `regularizers`.
+
+    Raises:
+        ConfigError: If they differ in more; it says in what.
+    """
+    shared: dict[Any, tuple[str, Any]] = {}
+    for run in runs:
+        config = _settings(Path(run["folder"]))
+        if "test_loss" in run:  # auto may have taken another where the data has changed
+            task = {"task": task_name(run)}
+            _check_same(shared, (run["dataset"], run["model"], "task"), run["folder"], task)
+        own: dict[str, Any] = {}
+        common: dict[str, Any] = {}
+        for item in dataclasses.fields(TrainConfig):
+            if item.name not in (*PLACE, *_REGULARIZER):
+                is_own = item.metadata["panel"] == "Trace penalty"
+                (own if is_own else common)[key_of(item.name)] = getattr(config, item.name)
+        group = (run["dataset"], run["model"])
+        _check_same(shared, group, run["folder"], common)
+        if "trace" in parse_row(config.reg, config.lambda_):
+            _check_same(shared, (*group, run["regularizers"]), run["folder"], own)
+
+
+def _check_same(
+    seen: dict[Any, tuple[str, Any]], group: Any, folder: str, settings: dict[str, Any]
+) -> None:
+    other, before = seen.setdefault(group, (folder, settings))
+    differ = [f"{k} {before[k]} and {v}" for k, v in settings.items() if before[k] != v]
+    if differ:
+        raise ConfigError(
+            f"{other!r} and {folder!r} differ in more than regularizer and seed: "
+            f"{'; '.join(differ)}. Tabulate them apart"
+        )
+
+
+def describe(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation and 95 % t-interval of independent values; null where unknown."""
+    if not values:
+        return {"mean": None, "std": None, "ci95": None}
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "std": None, "ci95": None}
+    std = statistics.stdev(values)
+    half = t_quantile(0.975, len(values) - 1) * std / math.sqrt(len(values))
+    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
+
+
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> dict[str, Any]:
+    """Mean difference over the seeds that both have, its interval, and a paired t-test.
+
+    Args:
+        values: By seed.
+        base: The same measure of another row.
+    """
+    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    result = describe(differences)
+    p_value = None
+    if len(differences) > 1 and result["std"] > 0:
+        t = result["mean"] / (result["std"] / math.sqrt(len(differences)))
+        p_value = 2 * float(stdtr(len(differences) - 1, -abs(t)))
+    return {"mean": result["mean"], "ci95": result["ci95"], "p_value": p_value}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction for many comparisons: the chance of even one false claim stays below p.
+
+    Source:
+        Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
+def measure(summary: Summary, name: str) -> float | None:
+    """One measure or metric of a finished run; None where it was not taken."""
+    if name == "trace":
+        trace = summary["trace"]["trace"]
+        return None if trace is None else float(trace)
+    if name == "generalization_gap":
+        return float(summary["test_loss"] - summary["train_loss"])
+    value = summary[name] if name in summary else metrics_of(summary).get(name)
+    return None if value is None else float(value)
+
+
+def tabulate(
+    summaries: Sequence[Summary],
+    diverged: Sequence[Summary] = (),
+    step_cost: Mapping[str, float] | None = None,
+    unfinished: Sequence[Summary] = (),
+) -> dict[str, Any]:
+    """The comparison of finished runs, a row a data set, model and regularizer.
+
+    Args:
+        summaries: Of the runs, in the order that the rows shall have.
+        diverged: `dataset`, `model`, `regularizers` and `seed` of the runs that stopped with a
+            loss that is not finite.
+        step_cost: The time of a step over that of `none`, by regularizer.
+        unfinished: As `diverged`, of the runs that are not at their end.
+    """
+    summaries = _distinct(summaries)
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    pending = [{**run, "unfinished": True} for run in unfinished]
+    for summary in [*summaries, *diverged, *pending]:
+        groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
+    rows: list[dict[str, Any]] = []
+    for (dataset, model), members in groups.items():
+        rows += _group(dataset, model, members, step_cost or {})
+    num_runs = len(summaries) + len(diverged) + len(pending)
+    return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending), "rows": rows}
+
+
+def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
+    """Each run once.
+
+    Raises:
+        ConfigError: If two runs would stand in the same place of the table.
+    """
+    places: dict[tuple[Any, ...], Summary] = {}
+    for s in summaries:
+        place = (s["dataset"], s["model"], s["regularizers"], s["seed"])
+        other = places.setdefault(place, s)
+        if Path(other["folder"]).resolve() != Path(s["folder"]).resolve():
+            raise ConfigError(
+                f"{other['folder']!r} and {s['folder']!r} are both {s['regularizers']} with seed "
+                f"{s['seed']} of {s['model']} on {s['dataset']}; tabulate one of them"
+            )
+    return list(places.values())
+
+
+def _group(
+    dataset: str, model: str, members: Sequence[Summary], step_cost: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The rows of one data set and model: their differences are paired by seed."""
+    names = list(dict.fromkeys(s["regularizers"] for s in members))
+    finished = [s for s in members if "test_loss" in s]
+    task = _task_of(finished)
+    metrics = dict(task.higher_is_better) if task is not None else {}
+    measures = {*MEASURES, *map(measure_of, metrics)}
+    values: dict[tuple[str, str], dict[int, float]] = {
+        (name, m): {
+            s["seed"]: value
+            for s in finished
+            if s["regularizers"] == name and (value := measure(s, m)) is not None
+        }
+        for name in names
+        for m in measures
+    }
+    rows = []
+    for name in names:
+        own = [s for s in finished if s["regularizers"] == name]
+        num_runs = sum(s["regularizers"] == name for s in members)
+        num_unfinished = sum("unfinished" in s for s in members if s["regularizers"] == name)
+        row: dict[str, Any] = {
+            "regularizer": name,
+            "dataset": dataset,
+            "model": model,
+            "task": None if task is None else task.name,
+            "selection": None if task is None else task.selection.as_dict(),
+            "num_seeds": len(own),
+            "num_diverged": num_runs - num_unfinished - len(own),
+            "num_unfinished": num_unfinished,
+            "num_collapsed": sum(bool(s.get("collapsed")) for s in own),
+        }
+        row |= {m: describe(list(values[name, m].values())) for m in MEASURES}
+        row["metrics"] = {m: describe(list(values[name, measure_of(m)].values())) for m in metrics}
+        errors = [s["trace"]["stderr"] for s in own]
+        row["trace"]["stderr"] = (
+            None if not own or None in errors
+            else math.sqrt(sum(e**2 for e in errors)) / len(own)
+        )  # fmt: skip
+        compared = "none" in names and name != "none"
+        row["difference_to_none"] = None
+        if compared:
+            to_none = {m: paired_difference(values[name, m], values["none", m]) for m in measures}
+            row["difference_to_none"] = {m: to_none[m] for m in MEASURES} | {
+                "metrics": {m: to_none[measure_of(m)] for m in metrics}
+            }
+        row["step_cost"] = 1.0 if name == "none" and step_cost else step_cost.get(name)
+        row["wins"] = []
+        row["runs"] = [s["folder"] for s in own]
+        rows.append(row)
+    _correct(rows, metrics)
+    better = {measure_of(m): higher for m, higher in metrics.items()}
+    _name_winners(rows, values, {"test_loss": False, **better})
+    return rows
+
+
+def _task_of(finished: Sequence[Summary]) -> Task | None:
+    """The task of all of these runs; None where there is none.
+
+    Raises:
+        ConfigError: If they are of several.
+    """
+    names = {task_name(s): s["folder"] for s in finished}
+    if len(names) > 1:
+        runs = " and ".join(f"{folder!r} of {name}" for name, folder in names.items())
+        raise ConfigError(f"runs of different tasks are no table: {runs}. Tabulate them apart")
+    return TASKS[next(iter(names))]() if names else None
+
+
+def _correct(rows: Sequence[dict[str, Any]], metrics: Iterable[str]) -> None:
+    """Add Holm's correction over the rows to each measure's p-value."""
+    compared = [row["difference_to_none"] for row in rows if row["difference_to_none"]]
+    for of in [*([d[m] for d in compared] for m in MEASURES),
+               *([d["metrics"][m] for d in compared] for m in metrics)]:  # fmt: skip
+        corrected = holm([difference["p_value"] for difference in of])
+        for difference, p in zip(of, corrected, strict=True):
+            difference["p_holm"] = p
+
+
+def _name_winners(
+    rows: Sequence[dict[str, Any]],
+    values: Mapping[tuple[str, str], Mapping[int, float]],
+    higher_is_better: Mapping[str, bool],
+) -> None:
+    """Note, for each measure, the best row where it differs from every other one."""
+    for m, higher in higher_is_better.items():
+        means = {
+            row["regularizer"]: statistics.fmean(own)
+            for row in rows
+            if (own := values[row["regularizer"], m].values())
+        }
+        ranked = [row for row in rows if row["regularizer"] in means]
+        ranked.sort(key=lambda row: means[row["regularizer"]], reverse=higher)
+        if len(ranked) < 2:
+            continue
+        best, *others = ranked
+        p_values = holm([
+            paired_difference(values[best["regularizer"], m], values[row["regularizer"], m])[
+                "p_value"
+            ]
+            for row in others
+        ])  # fmt: skip
+        if all(p is not None and p < LEVEL for p in p_values):
+            best["wins"].append(m)
+
+
+def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
+    """Write `results.json`, `results.csv` and `results.md`."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    plain = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
+    parts = ("mean", "std")
+    head = [f"{m}_{part}" for m in MEASURES for part in parts]
+    last = ("num_unfinished", "num_collapsed", "task")
+    rows = comparison["rows"]
+    metrics = [m for m in dict.fromkeys(m for row in rows for m in row["metrics"])
+               if measure_of(m) not in MEASURES]  # fmt: skip
+    writer.writerow([*plain, *head, *last, *(f"{m}_{part}" for m in metrics for part in parts)])
+    for row in rows:
+        cells = [row[m][part] for m in MEASURES for part in parts]
+        names = [for_csv(x) if isinstance(x := row[name], str) else x for name in plain]
+        own = [row["metrics"].get(m, {}).get(part) for m in metrics for part in parts]
+        writer.writerow([*names, *cells, *(row[name] for name in last), *own])
+    write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
+    write_atomically(folder / "results.csv", table.getvalue())
+    write_atomically(folder / "results.md", markdown)

@@ -1,0 +1,1 @@
+"""Derivatives held against differences of the model itself."""

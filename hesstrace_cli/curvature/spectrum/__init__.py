@@ -1,0 +1,1 @@
+"""Eigenvalues, density, and what they say of training's stability."""

@@ -1,0 +1,148 @@
+"""A training run: a `Trainer` with a folder, which holds its state and is resumed to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hesstrace_cli.analysis.estimation import versions
+from hesstrace_cli.analysis.loading import select_device
+from hesstrace_cli.config import TrainConfig, parse_row, row_name
+from hesstrace_cli.data import load_data
+from hesstrace_cli.distributed.parallel import join
+from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
+from hesstrace_cli.reporting.events import Events
+from hesstrace_cli.storage.checkpoints import fitting, save_checkpoint
+from hesstrace_cli.storage.records import RUN_SCHEMA
+from hesstrace_cli.storage.runs import RunFolder, default_folder
+from hesstrace_cli.storage.state import FORMAT
+from hesstrace_cli.training.summary import summarize
+from hesstrace_cli.training.trainer import Progress, Trainer
+
+
+class Run:
+    """A training run in its folder: made, or resumed, by `Run(config)`; stepped by `advance`.
+
+    Args:
+        config: The whole resolved config.
+
+    Raises:
+        HesstraceError: If the folder, data, model or checkpoint cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = RunFolder(Path(config.out) if config.out else default_folder(config))
+        self.config = dataclasses.replace(config, out=str(self.folder.path))
+        device = select_device(config.device)
+        self.ranks = join(device)
+        if self.ranks.is_first:
+            self.folder.check_place(self.config)
+        self.trainer = Trainer(config, load_data(config, device), device, self.ranks)
+        self.events = Events(self.folder.path / "tensorboard" if config.tensorboard else None)
+        # Last: what fails before leaves no folder behind.
+        self.lock = self.folder.lock() if self.ranks.is_first else None
+        try:
+            self._begin()
+        except HesstraceError:
+            self._unlock()
+            raise
+
+    def _begin(self) -> None:
+        checkpoint = None
+        if self.ranks.is_first:
+            checkpoint = self.folder.open(self.config, self.trainer.steps_per_epoch)
+        checkpoint = self.ranks.from_first(checkpoint)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if self.ranks.is_first:
+            self.folder.make_longer(self.config)
+            self.folder.truncate_metrics(self.trainer.epoch)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        name = str(self.folder.last)
+        weights = fitting(self.trainer.model, checkpoint["state_dict"], name)
+        try:
+            self.trainer.check_state(checkpoint)
+        except ModelError as problem:
+            raise ModelError(f"{name!r} is not of this run: {problem}") from problem
+        self.trainer.load_state(checkpoint, weights)
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done and the summary written."""
+        trainer = self.trainer
+        done = trainer.step >= trainer.total_steps and self.folder.summary() is not None
+        return bool(self.ranks.from_first(done))
+
+    def advance(self, should_stop: Callable[[], int | None] = lambda: None) -> Iterator[Progress]:
+        """Train to the end, a step at a time.
+
+        Args:
+            should_stop: Asked after every step; a signal number saves the state and stops.
+
+        Raises:
+            NumericsError: If a loss or gradient is not finite; the weights have not moved.
+            Stopped: After saving, if `should_stop` said so.
+        """
+        try:
+            for progress in self.trainer.advance():
+                if progress.record is not None:
+                    self._store(progress)
+                yield progress
+                number = self.ranks.largest(should_stop() or 0)
+                if number:
+                    self.trainer.reduce()
+                    self._save(self.folder.last)
+                    raise Stopped(
+                        f"stopped by signal {number} in epoch {progress.epoch}; "
+                        f"saved, go on with --resume --out {self.folder.path}",
+                        number,
+                    )
+        except HesstraceError:
+            self._unlock()
+            raise
+
+    def _store(self, progress: Progress) -> None:
+        """Write down an epoch: its record first, then the state that goes beyond it."""
+        if not self.ranks.is_first or progress.record is None:
+            return
+        self.folder.append_metrics(progress.record)
+        self.events.add(progress.record)
+        if progress.is_best:
+            self._save(self.folder.best)
+        if self.config.keep_checkpoints:
+            self._save(self.folder.of_epoch(progress.epoch))
+            self.folder.drop_before(progress.epoch - self.config.keep_checkpoints + 1)
+        self._save(self.folder.last)
+
+    def _save(self, path: Path) -> None:
+        if not self.ranks.is_first:
+            return
+        said = {"config": dataclasses.asdict(self.config), "versions": versions()}
+        save_checkpoint(path, {"format": FORMAT, **self.trainer.state(), **said})
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the last weights, estimate their trace, and write the summary."""
+        summary, trainer = None, self.trainer
+        if self.ranks.is_first:
+            row = parse_row(self.config.reg, self.config.lambda_)
+            told = {r.name: r.description() for r in trainer.regularizers}
+            summary = {
+                "schema": RUN_SCHEMA,
+                "regularizers": row_name(row),
+                **summarize(trainer.model, trainer.data, self.config, self.folder.last),
+                "trace_penalty": told.get("trace"),
+                "seconds": trainer.seconds,
+                "device": str(trainer.device),
+                "versions": versions(),
+            }
+            self.folder.write_summary(summary)
+            self._unlock()
+        written: dict[str, Any] = self.ranks.from_first(summary)
+        return written

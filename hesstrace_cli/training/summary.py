@@ -1,0 +1,96 @@
+"""What a finished run is judged by: losses, metrics, the trace and what stands beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hesstrace_cli.analysis.estimation import top_eigenvalue, trace_record
+from hesstrace_cli.analysis.evaluation import collapse_of, evaluate, finite, input_jacobian
+from hesstrace_cli.autodiff.precision import full_precision
+from hesstrace_cli.config import EstimateConfig, TrainConfig
+from hesstrace_cli.data import DataSet, Split, stratified_order
+from hesstrace_cli.errors import ModelError, NumericsError
+
+_EXAMPLES = 2000  # of the trace; more make no difference to a comparison
+
+
+@full_precision()
+def summarize(
+    model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path
+) -> dict[str, Any]:
+    """The figures of the trained weights, in eval mode.
+
+    Args:
+        model: As trained.
+        data: What it was trained on; all splits are evaluated.
+        config: The run's.
+        checkpoint: Where the weights are saved.
+
+    Raises:
+        NumericsError: If a loss is not finite.
+    """
+    model.eval()
+    batch_size = max(config.batch_size, 256)
+    train, test = (evaluate(model, split, batch_size) for split in (data.train, data.test))
+    val = None if data.val is None else evaluate(model, data.val, batch_size)
+    if not math.isfinite(train.loss + test.loss):
+        raise NumericsError(
+            f"the train loss is {train.loss:g} and the test loss {test.loss:g} after the last "
+            f"step; the weights are in {checkpoint}"
+        )
+    some = data.train
+    if len(some) > _EXAMPLES:
+        some = some.subset(stratified_order(some.targets, 0)[:_EXAMPLES])
+    jacobian = input_jacobian(model, some, batch_size)
+    return {
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "task": data.task.name,
+        "selection": data.task.selection.as_dict(),
+        "num_terms": data.train.num_terms,
+        "train_loss": train.loss,
+        "train_accuracy": train.accuracy,
+        "collapsed": collapse_of(train, data.train),
+        "val_loss": None if val is None else finite(val.loss),
+        "val_accuracy": None if val is None else val.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "calibration_error": test.metrics.get("calibration_error"),
+        "metrics": test.finite_metrics(),
+        "train_metrics": train.finite_metrics(),
+        "val_metrics": None if val is None else val.finite_metrics(),
+        "trace": _trace(model, some, len(data.train), config, checkpoint),
+        "input_jacobian": None if jacobian is None else finite(jacobian.value),
+        "top_eigenvalue": _top_eigenvalue(model, some, batch_size, config.seed)
+        if config.top_eigenvalue
+        else None,
+    }
+
+
+def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float | None:
+    try:
+        return top_eigenvalue(model, split, batch_size, seed)
+    except (ModelError, NumericsError):  # the trace's reason says the same
+        return None
+
+
+def _trace(
+    model: nn.Module, split: Split, population: int, config: TrainConfig, checkpoint: Path
+) -> dict[str, Any]:
+    settings = EstimateConfig(
+        model=config.model, dataset=config.dataset, seed=config.seed,
+        batch_size=min(max(config.batch_size, 64), 250), max_seconds=60, per_layer=True,
+    )  # fmt: skip
+    place = {"checkpoint": str(checkpoint), "model": config.model, "dataset": config.dataset}
+    try:
+        record = trace_record(model, split, settings, population=population)
+    except (ModelError, NumericsError) as problem:  # the training itself was fine
+        nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
+        return {**nothing, "reason": str(problem), "per_layer": [], **place}
+    return {**record, **place}

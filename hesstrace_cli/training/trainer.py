@@ -1,0 +1,388 @@
+"""Training with regularizers: steps and epochs of a model on its data, with no folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.amp import GradScaler
+
+from hesstrace_cli.analysis.estimation import trace_record
+from hesstrace_cli.analysis.evaluation import Evaluation, evaluate, finite
+from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
+from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.precision import deterministic_algorithms, run_in_precision
+from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row
+from hesstrace_cli.config.schedule import learning_rate
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.distributed.parallel import Ranks, join
+from hesstrace_cli.distributed.sync_norm import sync_norms
+from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.models import build_model
+from hesstrace_cli.randomness import (
+    derived_seed,
+    random_state_kept,
+    seed_defaults,
+    stream_generator,
+)
+from hesstrace_cli.regularizers import Part, Regularizer, Setting, build
+from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
+from hesstrace_cli.storage.resume import check_state
+from hesstrace_cli.storage.state import Sums
+from hesstrace_cli.training.step import Examples, Stepper, split_batch
+
+_MONITORED_EXAMPLES = 500
+_TRIED_EXAMPLES = 16  # in double precision; times as many where these prove nothing:
+_MORE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        epoch: From 1.
+        step: Steps done in this epoch.
+        steps: Steps in an epoch.
+        record: The epoch's metrics, after its last step only.
+        is_best: Whether its validation metric is the best so far, after its last step only.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    record: dict[str, Any] | None = None
+    is_best: bool = False
+
+
+class Trainer:
+    """A model, its data, its loss and regularizers, trained step by step.
+
+    Args:
+        config: The whole resolved config.
+        data: To train and validate on.
+        device: Where.
+        ranks: The processes of the job.
+
+    Attributes:
+        model: The network, its weights as they are after `step` steps.
+        objective: The loss trained on.
+        regularizers: With their strengths.
+        step: Steps done.
+        seconds: The time they took.
+        sums: What the epoch at hand has added up.
+
+    Raises:
+        HesstraceError: If the model or a regularizer cannot be used.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: DataSet, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks
+        self.model = self._build_model()
+        self.optimizer = self._build_optimizer()
+        self.steps_per_epoch = self._count_steps()
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.objective = Objective(self.model, trainable(self.model), data.task)
+        self.regularizers = self._build_regularizers()
+        self._check_parts()
+        self.stepper = Stepper(
+            config, self.objective, self.regularizers, self.optimizer, ranks,
+            generators=partial(stream_generator, config.seed, device),
+            scaler=GradScaler(device.type, enabled=config.precision == "fp16"),
+            norms=sync_norms(self.model, ranks) if config.sync_bn else None,
+        )  # fmt: skip
+        self.step, self.seconds, self.best_score = 0, 0.0, -math.inf
+        self.sums = Sums.zero(device)
+
+    def _build_model(self) -> nn.Module:
+        config = self.config
+        model = build_model(
+            config.model,
+            num_classes=self.data.num_classes,
+            in_shape=self.data.in_shape,
+            model_args=config.model_arg,
+            seed=derived_seed(config.seed, "weights"),
+        )
+        if config.init is not None:
+            load_weights(model, read_checkpoint(config.init).state_dict, config.init)
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.num_outputs = check_fit(model, self.data, config.model)
+        check_training_output(model, self.data, config.model)
+        run_in_precision(model, config.precision, self.device)
+        return model
+
+    def _count_steps(self) -> int:
+        """Steps in an epoch; one example left over that has no batch statistics sits it out.
+
+        Raises:
+            ConfigError: If no batch has batch statistics.
+        """
+        size, batch_size = len(self.data.train), self.config.batch_size
+        if (min(size, batch_size) > 1 and size % batch_size != 1) or self._takes_one_example:
+            return math.ceil(size / batch_size)
+        if min(size, batch_size) == 1:
+            raise ConfigError(
+                "a batch of one example has no batch statistics here; give a larger --batch-size, "
+                "more examples, or a model without BatchNorm"
+            )
+        return size // batch_size
+
+    def _parts(self, num_examples: int) -> list[Part]:
+        alone = self.ranks.size == self.config.accumulate == 1
+        least = 1 if alone or self._takes_one_example else 2
+        return split_batch(num_examples, self.ranks, rounds=self.config.accumulate, least=least)
+
+    def _check_parts(self) -> None:
+        whole = [r.name for r in self.regularizers if not r.splits]
+        if whole and (self.ranks.size > 1 or self.config.accumulate > 1):
+            compiled = " (compiled)" if self.config.compile else ""
+            raise ConfigError(
+                f"--reg {whole[0]}{compiled} needs the gradient of the whole batch: it cannot be "
+                "combined with --accumulate or several processes"
+            )
+        if self.config.sync_bn and (self.config.accumulate > 1 or self.config.compile):
+            raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
+        twice = [r.name for r in self.regularizers if r.order > 1]
+        if twice and self.config.compile:
+            raise ConfigError(
+                f"--reg {twice[0]} takes second derivatives through the ordinary forward pass, "
+                "which PyTorch cannot compile: leave out --compile"
+            )
+
+    @functools.cached_property
+    def _takes_one_example(self) -> bool:
+        X, _ = next(self.data.train.batches(1))
+        try:
+            with torch.no_grad(), random_state_kept():
+                call_as_it_is(self.model.train(), X)
+        except ValueError:  # "Expected more than 1 value per channel when training"
+            return False
+        return True
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config, params = self.config, trainable(self.model).values()
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )  # fmt: skip
+
+    def _build_regularizers(self) -> list[Regularizer]:
+        """Build them, and let them change the loss and look at it.
+
+        Those of a resumed run look at the same: the weights that the run began with, and its first
+        examples.
+
+        Raises:
+            ConfigError: If one makes no sense for this task.
+        """
+        config, task = self.config, self.data.task
+        row = parse_row(config.reg, config.lambda_)
+        for name in row:
+            if name in task.refuses:
+                raise ConfigError(
+                    f"--reg {name} makes no sense with --task {task.name}: {task.refuses[name]}"
+                )
+        if config.augment != "none" and config.augment in task.refuses:
+            raise ConfigError(
+                f"--augment {config.augment} makes no sense with --task {task.name}: "
+                f"{task.refuses[config.augment]}"
+            )
+        generator = Generator().manual_seed(derived_seed(config.seed, "order"))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        targets = self.data.train.targets
+        if not task.counts_all:  # a loss of no terms has all derivatives right
+            order = order[[task.num_terms(targets[i]) > 0 for i in order]]
+        tried = min(_TRIED_EXAMPLES, config.batch_size)
+        X, y = next(self.data.train.parts([order[: _MORE * tried]]))
+        regularizers = build(row, config)
+        for regularizer in regularizers:
+            self.objective = regularizer.attach(self.objective)
+        setting = Setting(
+            self.objective, X, y, tried, self.num_outputs, self.total_steps, self.ranks
+        )
+        for regularizer in regularizers:
+            regularizer.prepare(setting)
+        return regularizers
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Trainer:
+        """With the data and on the device that the config names, and the processes of the job."""
+        device = select_device(config.device)
+        return cls(config, load_data(config, device), device, join(device))
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // self.steps_per_epoch
+
+    def advance(self) -> Iterator[Progress]:
+        """Train to the end, a step at a time.
+
+        Raises:
+            NumericsError: If a loss or gradient is not finite; the weights have not moved.
+        """
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            with random_state_kept():
+                yield from self._epoch(epoch, first)
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[Progress]:
+        generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        order = order[: self.steps_per_epoch * self.config.batch_size]
+        batches = order.split(self.config.batch_size)[first:]
+        self.model.train()
+        begin = time.monotonic()
+        for index, examples in enumerate(self.examples(batches), start=first + 1):
+            self.take_step(examples)
+            self.step += 1
+            self.seconds += time.monotonic() - begin
+            if index == self.steps_per_epoch:
+                record, is_best = self._end_epoch(epoch + 1)
+                yield Progress(epoch + 1, index, index, record, is_best)
+            else:
+                yield Progress(epoch + 1, index, self.steps_per_epoch)
+            begin = time.monotonic()
+
+    def examples(self, batches: Sequence[Tensor]) -> Iterator[list[Examples]]:
+        """This process's parts of batches that are given by their rows in the training set."""
+        parts = [self._parts(len(batch)) for batch in batches]
+        rows = [batch[part.rows] for batch, own in zip(batches, parts, strict=True) for part in own]
+        loaded = self.data.train.parts(rows)
+        for own in parts:
+            yield [(*next(loaded), part) for part in own]
+
+    def take_step(self, examples: Sequence[Examples]) -> None:
+        """Move the weights as step number `step` does, which is for the caller to raise.
+
+        The global random state, which the model's own Dropout draws from, is seeded for the step,
+        so that a run resumed in mid-epoch needs none saved, in any of its processes.
+        """
+        seed_defaults(derived_seed(self.config.seed, "model", self.step, self.ranks.rank))
+        progress = self.step / self.total_steps
+        lr = learning_rate(self.config, progress)
+        with deterministic_algorithms(self.device):
+            self.stepper.step(examples, self.step, progress, lr, self.sums)
+
+    def _end_epoch(self, epoch: int) -> tuple[dict[str, Any], bool]:
+        """The record of an epoch, and whether it is the best so far."""
+        sums, terms = self.reduce(), max(1, self.sums.examples)
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": sums.loss.item() / terms,
+            "train_accuracy": sums.correct.item() / terms if self.data.task.has_accuracy else None,
+            "penalty_trace": sums.penalty.item() / sums.penalty_steps
+            if sums.penalty_steps
+            else None,
+        }
+        if self.config.precision == "fp16":
+            record["skipped_steps"] = sums.skipped
+        found = None
+        if self.data.val is not None:
+            found = evaluate(self.model, self.data.val, self.config.batch_size)
+            record |= {
+                "val_loss": finite(found.loss),
+                "val_accuracy": found.accuracy,
+                "val_metrics": {name: finite(value) for name, value in found.metrics.items()},
+            }
+        if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
+            record |= self._monitored_trace()
+        record["seconds"] = self.seconds
+        self.sums = Sums.zero(self.device)
+        return record, found is not None and self._is_best(found)
+
+    def _is_best(self, found: Evaluation) -> bool:
+        """By the task's own metric; the first epoch of several that are alike."""
+        score = self.data.task.selection.score(found.loss, found.metrics)
+        if not score > self.best_score:
+            return False
+        self.best_score = score
+        return True
+
+    def reduce(self) -> Sums:
+        """The epoch's figures over all processes, and the first one's running statistics."""
+        if self.ranks.size == 1:
+            return self.sums
+        own = self.sums
+        examples = torch.tensor(own.examples, device=self.device)
+        self.ranks.sum_([own.loss, own.correct, own.penalty, examples])
+        self.ranks.take_first_(list(self.model.buffers()))
+        self.sums = dataclasses.replace(own, examples=int(examples.item()))
+        return self.sums
+
+    def _monitored_trace(self) -> dict[str, float | None]:
+        """The trace on a subset that stays the same, in eval mode."""
+        split = self.data.train
+        split = split.subset(stratified_order(split.targets, 0)[:_MONITORED_EXAMPLES])
+        config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
+        record = trace_record(self.model, split, config) if self.ranks.is_first else {}
+        return {"trace": record.get("trace"), "trace_stderr": record.get("stderr")}
+
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from, and what the data was, as a checkpoint holds them."""
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "best_score": self.best_score,
+            "sums": dataclasses.asdict(self.sums),
+            "scaler": self.stepper.scaler.state_dict(),
+            **self._made_for(),
+        }
+
+    def _made_for(self) -> dict[str, Any]:
+        """What a checkpoint says of the data."""
+        return {
+            "preprocess": self.data.preprocess.as_dict(),
+            "num_classes": self.data.num_classes,
+            "in_shape": list(self.data.in_shape),
+        }
+
+    def check_state(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that training can go on from a checkpoint's state.
+
+        Raises:
+            ModelError: If it is another's.
+        """
+        check_state(
+            checkpoint, self.optimizer, self.stepper.scaler, total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch, made_for=self._made_for(),
+        )  # fmt: skip
+
+    def load_state(self, checkpoint: dict[str, Any], weights: Mapping[str, Any]) -> None:
+        """Go on from a state that was checked.
+
+        Args:
+            checkpoint: Of `state`.
+            weights: Its state dict, as it fits the model.
+        """
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.best_score = checkpoint["best_score"]
+        self.stepper.scaler.load_state_dict(checkpoint["scaler"])
+        saved: dict[str, Any] = checkpoint["sums"]
+        moved: dict[str, Any] = {
+            k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
+        }
+        self.sums = Sums(**moved)
+        if not self.ranks.is_first:  # they are of all processes: one alone goes on from them
+            none = Sums.zero(self.device)
+            none.penalty_steps, none.skipped = self.sums.penalty_steps, self.sums.skipped
+            self.sums = none
