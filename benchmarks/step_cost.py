@@ -34,7 +34,7 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.errors import HesstraceError
 from hesstrace_cli.regularizers import Regularizer, Step, Term
 from hesstrace_cli.reporting.layout import markdown_table
-from hesstrace_cli.storage.state import Sums
+from hesstrace_cli.storage.state import EpochSums
 from hesstrace_cli.training.cost import seconds_of_steps
 from hesstrace_cli.training.trainer import Trainer
 
@@ -171,7 +171,7 @@ def variance(trainer: Trainer, draws: int) -> float | None:
 
     def sample(number: int, strength: float) -> Tensor:
         penalty.strength = strength
-        sums = Sums.zero(trainer.device)
+        sums = EpochSums.zero(trainer.device)
         trainer.stepper.step(examples, number * trainer.config.every, 0.9, 0.0, sums)
         grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads]).double().cpu()

@@ -90,7 +90,7 @@ def test_a_process_out_of_memory_is_not_alone():
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
 
 
-ASKED = ("is_of_the_machine", "is_out_of_memory", "refuse", "_explained")
+ASKED = ("is_of_the_machine", "is_out_of_memory", "derivative_error", "_explained")
 # Errors of matplotlib; damaged archives, which ask for any size.
 LOOKED_AT = {"plots.py:save", "sources.py:_npz"}
 

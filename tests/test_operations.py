@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.checks.engines import choose_engine
 from hesstrace_cli.curvature.checks.verdicts import pinned
@@ -127,7 +127,7 @@ def truths(objective, v, u):
     def loss(at):
         with pinned():
             values = oracles.unflatten(at, params)
-            output = call_as_it_is(objective.model, X, values)
+            output = native_outputs(objective.model, X, values)
         return objective.task.loss(output, X)
 
     def both(step):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.amp import GradScaler
 from torch.func import functional_call
 
-from hesstrace_cli.config import parse_row
+from hesstrace_cli.config import parse_regularizers
 from hesstrace_cli.curvature.probes import draw_keep, draw_probe, rademacher
 from hesstrace_cli.errors import ConfigError
 from tests.conftest import make_run
@@ -102,7 +102,7 @@ def gradient_in_float64(out, **settings):
 
     w = torch.cat([p.detach().flatten() for p in params.values()])
     total = gradient(loss, w)
-    row = parse_row(config.reg, None)
+    row = parse_regularizers(config.reg, None)
     if "trace" not in row:
         return total
     generator = run.trainer.stepper.generators("regularizers", 0)

@@ -111,9 +111,9 @@ def test_auto_says_what_it_chose(tmp_path):
 def test_every_and_warmup(tmp_path):
     run = make_run(tmp_path / "a", reg="trace=0.1", every=2, warmup=0.5, batch_size=16)
     (penalty,) = run.trainer.regularizers
-    assert penalty.weight(0.0) == 0
-    assert penalty.weight(0.25) == pytest.approx(0.05)
-    assert penalty.weight(0.75) == pytest.approx(0.1)
+    assert penalty.strength_at(0.0) == 0
+    assert penalty.strength_at(0.25) == pytest.approx(0.05)
+    assert penalty.strength_at(0.75) == pytest.approx(0.1)
     for _ in run.advance():
         if run.trainer.step == 3:
             break

@@ -21,7 +21,7 @@ from hesstrace_cli.config import (
     resolve,
     shortened,
 )
-from hesstrace_cli.config.rows import parse_row, parse_tune
+from hesstrace_cli.config.regularizers import parse_regularizers, parse_tune
 from hesstrace_cli.config.yaml_text import load_yaml
 from hesstrace_cli.data.sources import open_source
 from hesstrace_cli.errors import ConfigError, ModelError
@@ -410,17 +410,17 @@ def test_folders_that_cannot_be(folder):
 
 @pytest.mark.parametrize("file", ["=cmd.py", "a=b.py", "trace =1.py", "x=1:2.py"])
 def test_a_regularizers_file_may_have_an_equals_sign(file):
-    assert parse_row([f"{file}:R=0.1"], None) == {f"{file}:R": 0.1}
-    assert parse_row([f"{file}:R"], 0.2) == {f"{file}:R": 0.2}
+    assert parse_regularizers([f"{file}:R=0.1"], None) == {f"{file}:R": 0.1}
+    assert parse_regularizers([f"{file}:R"], 0.2) == {f"{file}:R": 0.2}
     assert parse_tune([f"{file}:R=0.1:0.3"]) == {f"{file}:R": [0.1, 0.3]}
     with pytest.raises(ConfigError, match=r"the strength of .* is 'x'"):
-        parse_row([f"{file}:R=x"], None)
+        parse_regularizers([f"{file}:R=x"], None)
 
 
 @pytest.mark.parametrize("entry", ["trace=0.1:R", "trace=", "none=m:R", "trace=a.py:R"])
 def test_and_a_known_name_ends_at_the_first(entry):
     with pytest.raises(ConfigError, match=r"strength"):
-        parse_row([entry], None)
+        parse_regularizers([entry], None)
 
 
 @pytest.mark.parametrize("unit", ["a, ", "{a: b}, ", "[a], "])

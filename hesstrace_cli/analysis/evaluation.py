@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from hesstrace_cli.autodiff.calls import call_as_it_is, eval_mode, outputs_of
+from hesstrace_cli.autodiff.calls import eval_mode, native_outputs, outputs_of
 from hesstrace_cli.curvature.data_loss import check_counts
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
@@ -144,7 +144,7 @@ def input_jacobian(
 def _squared_norms(model: nn.Module, X: Tensor, generator: Generator) -> Tensor:
     X = X.detach().requires_grad_()
     with torch.enable_grad():
-        outputs = call_as_it_is(model, X)
+        outputs = native_outputs(model, X)
     shape = outputs.shape[1:]
     numbers = math.prod(shape)
     if numbers <= MOST_COLUMNS:

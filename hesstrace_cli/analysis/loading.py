@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesstrace_cli.autodiff.calls import call_as_it_is, eval_mode
+from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.autodiff.casting import cast_model
 from hesstrace_cli.config import CheckpointConfig, DataConfig
 from hesstrace_cli.curvature.per_example.independence import MixedExamples, check_independence
@@ -166,7 +166,7 @@ def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list
     X, _ = next(data.test.batches(8))
     try:
         check_independence(
-            lambda X: call_as_it_is(model, X), X, torch.Generator(X.device).manual_seed(0)
+            lambda X: native_outputs(model, X), X, torch.Generator(X.device).manual_seed(0)
         )
     except MixedExamples:
         return [
@@ -219,7 +219,7 @@ def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
     """
     try:
         with torch.enable_grad():
-            logits = call_as_it_is(model, X)
+            logits = native_outputs(model, X)
     except ModelError as problem:
         raise ModelError(f"model {name!r} in {mode}: {problem}") from problem
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as problem:

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.detached import Detached
 from hesstrace_cli.curvature.objective import Objective
@@ -128,4 +128,4 @@ def _of_ggn(config: EstimateConfig, per_example: PerExampleTrace, X: Tensor) -> 
 
 
 def _num_columns(objective: Objective, X: Tensor) -> int:
-    return objective.task.num_columns(call_as_it_is(objective.model, X[:1]))
+    return objective.task.num_columns(native_outputs(objective.model, X[:1]))

@@ -57,7 +57,7 @@ def spectrum_of_checkpoint(
     begin = time.monotonic()
     loaded = load_checkpoint(path, config)
     on_loaded(loaded.data)
-    model, split = loaded.model.eval(), loaded.split
+    model, split = loaded.model, loaded.split
     if draws_random_numbers(model, next(split.batches(2))[0]):
         raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")
     found = evaluate(model, split, config.batch_size)

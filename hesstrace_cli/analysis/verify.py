@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
-from hesstrace_cli.autodiff.calls import call_as_it_is, draws_random_numbers, trainable
+from hesstrace_cli.autodiff.calls import draws_random_numbers, native_outputs, trainable
 from hesstrace_cli.autodiff.differentiable import is_replaced
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import VerifyConfig
@@ -123,7 +123,7 @@ def _rows(
     yield from with_fallbacks({engine: found.pop(engine) for engine in _ENGINES})
     yield from itertools.chain(*found.values())
     if mode == "eval":
-        why = why_not_linear(call_as_it_is(model, some), objective.params)
+        why = why_not_linear(native_outputs(model, some), objective.params)
         yield Row("eval: tr(H) = tr(G)", "no" if why else "yes", why or "piecewise linear")
 
 
@@ -144,9 +144,9 @@ def _look(check: Check, found: dict[str, list[Row]]) -> bool:
 
 def _repeats(model: nn.Module, X: Tensor, mode: str) -> Row:
     with torch.no_grad(), pinned():
-        first = call_as_it_is(model, X)
+        first = native_outputs(model, X)
     with torch.no_grad(), pinned():
-        second = call_as_it_is(model, X)
+        second = native_outputs(model, X)
     name = f"{mode}: results repeat"
     if not torch.equal(first, second):
         return Row(name, "refused", "two passes differ though PyTorch's random state is the same: "
@@ -186,7 +186,7 @@ def _replaced(model: nn.Module, X: Tensor) -> Iterator[tuple[str, str]]:
         handles.append(module.register_forward_hook(lambda _m, _i, _o: watch.stack.pop() and None))
     try:
         with torch.no_grad(), watch:
-            call_as_it_is(model, X)
+            native_outputs(model, X)
     finally:
         for handle in handles:
             handle.remove()

@@ -76,7 +76,7 @@ def outputs_of(output: Any) -> Tensor:
     return found
 
 
-def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> Tensor:
+def native_outputs(model: nn.Module, X: Tensor, params: Params | None = None) -> Tensor:
     """The outputs with the model's own operations, its buffers left as they are.
 
     They have first derivatives in eval mode too, where cuDNN's recurrent layers have none.
@@ -91,7 +91,7 @@ def call_as_it_is(model: nn.Module, X: Tensor, params: Params | None = None) -> 
         return outputs_of(functional_call(model, {**buffers, **(params or {})}, (X,)))
 
 
-def call_model(model: nn.Module, params: Params, X: Tensor) -> Tensor:
+def differentiable_outputs(model: nn.Module, params: Params, X: Tensor) -> Tensor:
     """The outputs at other parameters, with differentiable operations.
 
     The model's own parameters and buffers stay as they are: it works on copies of the buffers, as
@@ -164,7 +164,7 @@ def uses_batch_statistics(model: nn.Module, X: Tensor) -> bool:
     batch norm called as a function is found too. The model and the random state are untouched.
     """
     with torch.no_grad(), random_state_kept(), _BatchStatistics() as watch:
-        call_as_it_is(model, X)
+        native_outputs(model, X)
     return watch.found
 
 
@@ -177,5 +177,5 @@ def draws_random_numbers(model: nn.Module, X: Tensor) -> bool:
 
     with torch.no_grad(), random_state_kept():
         before = state()
-        call_as_it_is(model, X)
+        native_outputs(model, X)
         return any(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))

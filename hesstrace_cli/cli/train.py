@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.signals import StopRequest, number_of
-from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row, resolve, row_name
+from hesstrace_cli.config import (
+    REGULARIZERS,
+    TrainConfig,
+    parse_regularizers,
+    regularizers_name,
+    resolve,
+)
 from hesstrace_cli.errors import Stopped
 from hesstrace_cli.paths import is_file
 from hesstrace_cli.reporting import tables
@@ -28,7 +34,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     Example: hesstrace train --reg trace --lambda 0.01
     """
     settings = resolve(TrainConfig, flags, _stored(flags) if config is None else config)
-    row = parse_row(settings.reg, settings.lambda_)
+    row = parse_regularizers(settings.reg, settings.lambda_)
     warn_of_unused(settings, row)
 
     with screen.doing(f"loading {settings.dataset} and {settings.model}"):
@@ -41,7 +47,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())
     else:
-        summary = train_with_progress(run, row_name(row))
+        summary = train_with_progress(run, regularizers_name(row))
     assert summary is not None
     screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.comparison.table import CHOSEN, PLANNED, Found
-from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, row_name
+from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, regularizers_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.storage.locks import FolderLock
@@ -115,9 +115,9 @@ def _label(run: PlannedRun) -> str:
 def _planned(
     config: CompareConfig, settings: dict[str, Any], entry: int, row: dict[str, float], seed: int
 ) -> PlannedRun:
-    run = TrainConfig(**settings, reg=[row_name(row)], seed=seed)
+    run = TrainConfig(**settings, reg=[regularizers_name(row)], seed=seed)
     folder = default_folder(run, str(root(config) / "runs"))
-    return PlannedRun(entry, row_name(row), dataclasses.replace(run, out=str(folder)))
+    return PlannedRun(entry, regularizers_name(row), dataclasses.replace(run, out=str(folder)))
 
 
 def arguments(config: TrainConfig) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.special import stdtr
 
-from hesstrace_cli.config import TrainConfig, key_of, parse_row, resolve, row_name
+from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers, regularizers_name, resolve
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.paths import is_folder
@@ -115,7 +115,7 @@ def _settings(run: Path) -> TrainConfig:
 
 def _described(run: Path) -> dict[str, Any]:
     config = _settings(run)
-    name = row_name(parse_row(config.reg, config.lambda_))
+    name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
     return {"dataset": config.dataset, "model": config.model, "regularizers": name,
             "seed": config.seed, "folder": str(run)}  # fmt: skip
 
@@ -149,7 +149,7 @@ def check_comparable(runs: Sequence[Summary]) -> None:
                 (own if is_own else common)[key_of(item.name)] = getattr(config, item.name)
         group = (run["dataset"], run["model"])
         _check_same(shared, group, run["folder"], common)
-        if "trace" in parse_row(config.reg, config.lambda_):
+        if "trace" in parse_regularizers(config.reg, config.lambda_):
             _check_same(shared, (*group, run["regularizers"]), run["folder"], own)
 
 

@@ -14,13 +14,13 @@ from hesstrace_cli.config.fields import (
     inherited,
     option,
 )
-from hesstrace_cli.config.rows import (
+from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
     UNUSED_LAMBDA,
-    parse_row,
+    parse_regularizers,
     parse_terms,
     parse_tune,
-    row_name,
+    regularizers_name,
     takes_lambda,
     tuned_rows,
 )
@@ -231,7 +231,7 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_optimizer()
-        parse_row(self.reg, self.lambda_)
+        parse_regularizers(self.reg, self.lambda_)
 
     def _check_optimizer(self) -> None:
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
@@ -304,7 +304,7 @@ class CompareConfig(TrainConfig):
         if set(choices) - tuned:
             missing = ", ".join(sorted(set(choices) - tuned))
             raise ConfigError(f"--tune names {missing}, but no --reg has it without a strength")
-        names = [row_name(row) for candidates in rows for row in candidates]
+        names = [regularizers_name(row) for candidates in rows for row in candidates]
         if len(set(names)) < len(names):
             raise ConfigError(f"two rows are the same: {', '.join(names)}")
         return rows

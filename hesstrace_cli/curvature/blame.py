@@ -15,7 +15,7 @@ from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.failures import is_of_the_machine
 
 
-def refuse(problem: Exception, objective: Objective, X: Tensor) -> Exception:
+def derivative_error(problem: Exception, objective: Objective, X: Tensor) -> Exception:
     """The error to raise for a derivative that failed: it names the innermost module at fault.
 
     Args:

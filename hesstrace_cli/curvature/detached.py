@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.autodiff.casting import cast, on_copies
 from hesstrace_cli.autodiff.differentiable import HeldPadding
 from hesstrace_cli.curvature.objective import Objective
@@ -75,7 +75,7 @@ def _differs_somewhere(objective: Objective, X: Tensor, generator: Generator, do
 
     def outputs() -> Tensor:
         with padding:  # such rows have no gradient, and are held fixed
-            return call_as_it_is(objective.model, X)
+            return native_outputs(objective.model, X)
 
     def normal(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device).to(like)

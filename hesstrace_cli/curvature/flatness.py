@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.autodiff.graph import Params, gradient
 from hesstrace_cli.curvature.data_loss import DataLoss
 from hesstrace_cli.curvature.statistics import Mean, means
@@ -60,7 +60,7 @@ class Landscape:
         value = torch.zeros((), dtype=torch.float64, device=device)
         objective = self.objective
         for batch in self.data:
-            outputs = call_as_it_is(objective.model, batch.X, params)
+            outputs = native_outputs(objective.model, batch.X, params)
             loss = objective.task.loss(outputs, batch.y)
             value += batch.share * loss.detach().double()
             if total is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.hessian import hvp
@@ -26,7 +26,7 @@ def ggn_product(objective: Objective, X: Tensor, y: Tensor, probe: Params) -> di
         params, task = objective.params, objective.task
         return ggn_vp(lambda p: objective.outputs(p, X), params, probe, task, y)
     except RuntimeError as problem:
-        raise refuse(problem, objective, X) from problem
+        raise derivative_error(problem, objective, X) from problem
 
 
 class Matrix(Protocol):
@@ -84,7 +84,7 @@ class CurvatureMatrix:
             grad = gradient(loss, params, create_graph=True)
             check_graph(*grad.values())
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, self.objective, batch.X) from problem
+            raise derivative_error(problem, self.objective, batch.X) from problem
         return lambda v: hvp(grad, params, v)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hesstrace_cli.autodiff.calls import call_model
+from hesstrace_cli.autodiff.calls import differentiable_outputs
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.tasks import Classification, Task
 
@@ -28,7 +28,7 @@ class Objective:
 
     def outputs(self, params: Params, X: Tensor) -> Tensor:
         """f(x; w) for the batch, with differentiable operations."""
-        return call_model(self.model, {**self.params, **params}, X)
+        return differentiable_outputs(self.model, {**self.params, **params}, X)
 
     def loss(self, params: Params, X: Tensor, y: Tensor) -> Tensor:
         """L(w), a 0-dim tensor."""

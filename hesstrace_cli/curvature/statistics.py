@@ -92,15 +92,15 @@ class StratifiedMean:
     batches: dict[int, Stratum] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
 
-    def add(self, batch: int, weight: float, samples: Tensor) -> None:
+    def add(self, batch: int, share: float, samples: Tensor) -> None:
         """Add samples of one batch.
 
         Args:
             batch: Its number.
-            weight: Its share of the whole.
+            share: Of the whole.
             samples: Shape (n, E, K): n samples of the K quantities for each of its E strata.
         """
-        self.weights[batch] = weight / samples.shape[1]
+        self.weights[batch] = share / samples.shape[1]
         running = self.batches.setdefault(batch, Stratum())
         for sample in samples.detach().to("cpu", torch.float64):
             running.add(sample)

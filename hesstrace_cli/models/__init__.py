@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torchvision import models as torchvision_models
 
+from hesstrace_cli.autodiff.calls import eval_mode
 from hesstrace_cli.config import did_you_mean, likely, shortened
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
@@ -96,10 +97,9 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
     """Give lazy modules their parameters by a forward pass."""
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, *in_shape))
+        with torch.no_grad(), eval_mode(model):
+            model(torch.zeros(2, *in_shape))
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
         if is_of_the_machine(problem):
             raise
@@ -108,8 +108,6 @@ def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
             f"model {spec!r} has lazy modules, and the forward pass on inputs of shape "
             f"{tuple(in_shape)} that would initialize them failed: {reason}"
         ) from problem
-    for module, training in modes.items():
-        module.training = training
 
 
 def _factory(spec: str) -> Callable[..., nn.Module]:

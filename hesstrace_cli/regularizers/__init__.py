@@ -16,7 +16,7 @@ def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
     """The regularizers of a row; one with strength 0 is left out, as it changes nothing.
 
     Args:
-        row: Strengths by name, as `config.parse_row` gives them; a name may be a user's
+        row: Strengths by name, as `config.parse_regularizers` gives them; a name may be a user's
             `FILE.py:Class`.
         config: The run's settings.
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import Ranks
@@ -112,7 +112,7 @@ class Step:
         """
         objective = self.objective
         moved = {name: p + shift[name] for name, p in objective.params.items()}
-        return objective.task.loss(call_as_it_is(objective.model, self.X, moved), self.targets)
+        return objective.task.loss(native_outputs(objective.model, self.X, moved), self.targets)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Term:
         is_mean: Whether it is a mean over this part's terms, to be weighted with its share; else
             its gradients over the parts sum to that of the whole as they are.
         is_whole: Whether its value is that of the whole batch, to be counted once.
-        plain: The plain loss, weighted with its share, with a graph, where the term's own pass
-            gave it on the way.
+        loss: This part's share of the plain loss, with a graph, where the term's own pass gave it
+            on the way.
     """
 
     weight: float
@@ -135,7 +135,7 @@ class Term:
     replaces: bool = False
     is_mean: bool = True
     is_whole: bool = False
-    plain: Tensor | None = None
+    loss: Tensor | None = None
 
     def __post_init__(self) -> None:
         value: object = self.value
@@ -158,13 +158,13 @@ class Regularizer:
         name: As the user gave it.
         order: The highest derivative taken through the ordinary forward pass; 2 and more
             make it run inside `differentiable_ops(order=...)`.
-        splits: Whether a batch may come in parts, over several processes or rounds.
+        in_parts: Whether a batch may come in parts, over several processes or rounds.
         logged_as: The name of its terms' mean value in the record of an epoch; None for none.
     """
 
     name: str = ""
     order: int = 1
-    splits: bool = True
+    in_parts: bool = True
     logged_as: ClassVar[str | None] = None
 
     def __init__(self, strength: float, config: TrainConfig) -> None:

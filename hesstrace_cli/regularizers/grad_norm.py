@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from hesstrace_cli.autodiff.graph import check_graph, gradient
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
 
@@ -25,7 +25,7 @@ class GradientNorm(Regularizer):
     is_penalty = True
 
     order = 2
-    splits = False
+    in_parts = False
 
     def term(self, step: Step) -> Term:
         """The norm over all trainable parameters."""
@@ -33,6 +33,6 @@ class GradientNorm(Regularizer):
             grad = gradient(step.loss, step.objective.params, create_graph=True)
             check_graph(*grad.values())
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, step.objective, step.X) from problem
+            raise derivative_error(problem, step.objective, step.X) from problem
         norms = torch.stack([torch.linalg.vector_norm(g) for g in grad.values()])
         return Term(self.strength, torch.linalg.vector_norm(norms))

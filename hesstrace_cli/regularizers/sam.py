@@ -22,7 +22,7 @@ class SharpnessAware(Regularizer):
     default = 0.05
     unit = "radius rho"
 
-    splits = False
+    in_parts = False
 
     def term(self, step: Step) -> Term:
         """L(w + e)."""

@@ -24,7 +24,7 @@ from hesstrace_cli.autodiff.calls import uses_batch_statistics
 from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.checks.derivatives import FAILURES
 from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
 from hesstrace_cli.curvature.ggn import (
@@ -100,7 +100,7 @@ class TracePenalty(Coupled):
         self.choice = choice
         # Compiled, the penalty takes a forward pass of its own.
         self.order = 2 if self.of_g and not self.config.compile else 1
-        self.splits = self.order == 2 or not self.of_g
+        self.in_parts = self.order == 2 or not self.of_g
 
     @property
     def of_g(self) -> bool:
@@ -135,12 +135,12 @@ class TracePenalty(Coupled):
         del engine["others"]
         return {**dataclasses.asdict(self.choice), **engine, **settings}
 
-    def weight(self, progress: float) -> float:
+    def strength_at(self, progress: float) -> float:
         """Lambda after this share of the run."""
         return self.strength * ramp(self.config.warmup, progress)
 
     def _is_active(self, index: int, progress: float) -> bool:
-        return self.weight(progress) > 0 and index % self.config.every == 0
+        return self.strength_at(progress) > 0 and index % self.config.every == 0
 
     def gather(self, step: Step) -> list[Tensor]:
         """For tr(G), which is not additive: each probe's sum over the examples."""
@@ -152,24 +152,24 @@ class TracePenalty(Coupled):
         """The unbiased sample of the trace, averaged over the probes."""
         if not self._is_active(step.index, step.progress):
             return None
-        of_g, plain = self.of_g, None
+        of_g, loss = self.of_g, None
         try:
             if self.config.compile:
                 samples = self._compiled_samples(step)
             else:
                 samples = self._ggn_samples(step) if of_g else []
                 if not of_g:
-                    samples, plain = self._hessian_samples(step)
+                    samples, loss = self._hessian_samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, step.objective, step.X) from problem
+            raise derivative_error(problem, step.objective, step.X) from problem
         is_mean = self.config.compile or (of_g and self.gathered(step) is None)
         is_whole = of_g and not is_mean
-        weight = self.weight(step.progress)
-        return Term(weight, value, is_mean=is_mean, is_whole=is_whole, plain=plain)
+        strength = self.strength_at(step.progress)
+        return Term(strength, value, is_mean=is_mean, is_whole=is_whole, loss=loss)
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """For tr(H) by Taylor propagation."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from hesstrace_cli.config import TrainConfig, key_of, parse_row
+from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers
 from hesstrace_cli.config.schedule import learning_rate, ramp
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.storage.checkpoints import oddity
@@ -64,7 +64,7 @@ def why_not_longer(
     rates = [[learning_rate(now, share) for share in own] for own in shares]
     if rates[0] != rates[1]:
         return f"with --schedule {now.schedule} the learning rate of the steps done depends on it"
-    row = parse_row(now.reg, now.lambda_)
+    row = parse_regularizers(now.reg, now.lambda_)
     own = [name for name in row if ":" in name]
     if own:
         return f"what {own[0]} did in the steps done may depend on it"

@@ -10,7 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.config import TrainConfig, parse_row, resolve, row_name, to_yaml
+from hesstrace_cli.config import (
+    TrainConfig,
+    parse_regularizers,
+    regularizers_name,
+    resolve,
+    to_yaml,
+)
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.paths import is_file, is_there
 from hesstrace_cli.storage.checkpoints import read_checkpoint
@@ -28,7 +34,7 @@ def default_folder(config: TrainConfig, root: str = "runs") -> Path:
 
     Files of one name in two folders are told apart by a few digits of their path's hash.
     """
-    row = row_name(parse_row(config.reg, config.lambda_))
+    row = regularizers_name(parse_regularizers(config.reg, config.lambda_))
     terms = [_short(*term.rpartition("=")[::2]) for term in row.split(",") if "=" in term]
     parts = [_short(config.dataset), _short(config.model), "+".join(terms) or row]
     return Path(root) / "-".join([*parts, f"seed{config.seed}"])

@@ -17,7 +17,7 @@ FORMAT = "hesstrace/checkpoint/1"
 
 
 @dataclasses.dataclass
-class Sums:
+class EpochSums:
     """What an epoch adds up, on the device, without waiting for it."""
 
     loss: Tensor
@@ -28,7 +28,7 @@ class Sums:
     skipped: int = 0
 
     @classmethod
-    def zero(cls, device: torch.device) -> Sums:
+    def zero(cls, device: torch.device) -> EpochSums:
         """An empty sum."""
         zeros = [torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)]
         return cls(zeros[0], zeros[1], 0, zeros[2], 0)
@@ -73,7 +73,7 @@ def _is_preprocess(value: Any) -> bool:
 
 
 def _is_sums(value: Any) -> bool:
-    names = [item.name for item in dataclasses.fields(Sums)]
+    names = [item.name for item in dataclasses.fields(EpochSums)]
     if not isinstance(value, dict) or set(value) != set(names):
         return False
     totals = [value[name] for name in ("loss", "correct", "penalty")]

@@ -45,7 +45,7 @@ class Selection:
 
 
 class Meter(ABC):
-    """Sums over the batches of a data set, on the device and without waiting for it."""
+    """EpochSums over the batches of a data set, on the device and without waiting for it."""
 
     @abstractmethod
     def add(self, outputs: Tensor, targets: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import select_device
-from hesstrace_cli.config import TrainConfig, parse_row, row_name
+from hesstrace_cli.config import TrainConfig, parse_regularizers, regularizers_name
 from hesstrace_cli.data import load_data
 from hesstrace_cli.distributed.parallel import join
 from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
@@ -131,11 +131,11 @@ class Run:
         """Evaluate the last weights, estimate their trace, and write the summary."""
         summary, trainer = None, self.trainer
         if self.ranks.is_first:
-            row = parse_row(self.config.reg, self.config.lambda_)
+            row = parse_regularizers(self.config.reg, self.config.lambda_)
             told = {r.name: r.description() for r in trainer.regularizers}
             summary = {
                 "schema": RUN_SCHEMA,
-                "regularizers": row_name(row),
+                "regularizers": regularizers_name(row),
                 **summarize(trainer.model, trainer.data, self.config, self.folder.last),
                 "trace_penalty": told.get("trace"),
                 "seconds": trainer.seconds,

@@ -24,7 +24,7 @@ from hesstrace_cli.distributed.sync_norm import SyncedNorms
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.randomness import random_state, set_random_state
 from hesstrace_cli.regularizers import Coupled, Part, Regularizer, Step
-from hesstrace_cli.storage.state import Sums
+from hesstrace_cli.storage.state import EpochSums
 from hesstrace_cli.tasks import Task
 
 _MOST_SKIPPED = 16  # float16 steps in a row, each at half the scale of the one before
@@ -103,7 +103,7 @@ class Stepper:
         return max([1, *(regularizer.order for regularizer in self.regularizers)])
 
     def step(
-        self, examples: Sequence[Examples], index: int, progress: float, lr: float, sums: Sums
+        self, examples: Sequence[Examples], index: int, progress: float, lr: float, sums: EpochSums
     ) -> None:
         """Move the weights.
 
@@ -144,7 +144,7 @@ class Stepper:
         else:
             self._in_a_row = 0
 
-    def _count(self, step: Step, batch: _Prepared, sums: Sums) -> None:
+    def _count(self, step: Step, batch: _Prepared, sums: EpochSums) -> None:
         task, outputs = self.objective.task, step.outputs.detach()
         num_terms = round(step.part.share * step.part.num_terms)
         sums.loss += step.loss.detach() * num_terms
@@ -224,26 +224,26 @@ class Stepper:
             if isinstance(r, Coupled)
         }
 
-    def _add_terms(self, step: Step, sums: Sums, *, first: bool) -> Tensor:
+    def _add_terms(self, step: Step, sums: EpochSums, *, first: bool) -> Tensor:
         """This part's share of the loss with its terms."""
         share = step.part.share
-        plain, total = share * step.loss, torch.zeros_like(step.loss)
+        loss, total = share * step.loss, torch.zeros_like(step.loss)
         for regularizer in self.regularizers:
             term = regularizer.term(step)
             if term is None:
                 continue
             if term.replaces:
-                plain = share * term.value
+                loss = share * term.value
                 continue
-            if term.plain is not None and not plain.requires_grad:
-                plain = term.plain
-            weight = share if term.is_mean else 1.0
-            total = total + term.weight * weight * term.value
+            if term.loss is not None and not loss.requires_grad:
+                loss = term.loss
+            own = share if term.is_mean else 1.0
+            total = total + term.weight * own * term.value
             if regularizer.logged_as is not None:
-                said = weight if not term.is_whole else float(first and self.ranks.is_first)
+                said = own if not term.is_whole else float(first and self.ranks.is_first)
                 sums.penalty += term.value.detach() * said
                 sums.penalty_steps += first
-        return plain + total
+        return loss + total
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Over the processes; a parameter without a gradient in any of them keeps none."""

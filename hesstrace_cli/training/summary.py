@@ -33,7 +33,6 @@ def summarize(
     Raises:
         NumericsError: If a loss is not finite.
     """
-    model.eval()
     batch_size = max(config.batch_size, 256)
     train, test = (evaluate(model, split, batch_size) for split in (data.train, data.test))
     val = None if data.val is None else evaluate(model, data.val, batch_size)

@@ -17,9 +17,9 @@ from torch.amp import GradScaler
 from hesstrace_cli.analysis.estimation import trace_record
 from hesstrace_cli.analysis.evaluation import Evaluation, evaluate, finite
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.autodiff.precision import deterministic_algorithms, run_in_precision
-from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_row
+from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_regularizers
 from hesstrace_cli.config.schedule import learning_rate
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data import DataSet, load_data, stratified_order
@@ -36,7 +36,7 @@ from hesstrace_cli.randomness import (
 from hesstrace_cli.regularizers import Part, Regularizer, Setting, build
 from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.resume import check_state
-from hesstrace_cli.storage.state import Sums
+from hesstrace_cli.storage.state import EpochSums
 from hesstrace_cli.training.step import Examples, Stepper, split_batch
 
 _MONITORED_EXAMPLES = 500
@@ -102,7 +102,7 @@ class Trainer:
             norms=sync_norms(self.model, ranks) if config.sync_bn else None,
         )  # fmt: skip
         self.step, self.seconds, self.best_score = 0, 0.0, -math.inf
-        self.sums = Sums.zero(device)
+        self.sums = EpochSums.zero(device)
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -144,7 +144,7 @@ class Trainer:
         return split_batch(num_examples, self.ranks, rounds=self.config.accumulate, least=least)
 
     def _check_parts(self) -> None:
-        whole = [r.name for r in self.regularizers if not r.splits]
+        whole = [r.name for r in self.regularizers if not r.in_parts]
         if whole and (self.ranks.size > 1 or self.config.accumulate > 1):
             compiled = " (compiled)" if self.config.compile else ""
             raise ConfigError(
@@ -165,7 +165,7 @@ class Trainer:
         X, _ = next(self.data.train.batches(1))
         try:
             with torch.no_grad(), random_state_kept():
-                call_as_it_is(self.model.train(), X)
+                native_outputs(self.model.train(), X)
         except ValueError:  # "Expected more than 1 value per channel when training"
             return False
         return True
@@ -189,7 +189,7 @@ class Trainer:
             ConfigError: If one makes no sense for this task.
         """
         config, task = self.config, self.data.task
-        row = parse_row(config.reg, config.lambda_)
+        row = parse_regularizers(config.reg, config.lambda_)
         for name in row:
             if name in task.refuses:
                 raise ConfigError(
@@ -302,7 +302,7 @@ class Trainer:
         if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
             record |= self._monitored_trace()
         record["seconds"] = self.seconds
-        self.sums = Sums.zero(self.device)
+        self.sums = EpochSums.zero(self.device)
         return record, found is not None and self._is_best(found)
 
     def _is_best(self, found: Evaluation) -> bool:
@@ -313,7 +313,7 @@ class Trainer:
         self.best_score = score
         return True
 
-    def reduce(self) -> Sums:
+    def reduce(self) -> EpochSums:
         """The epoch's figures over all processes, and the first one's running statistics."""
         if self.ranks.size == 1:
             return self.sums
@@ -381,8 +381,8 @@ class Trainer:
         moved: dict[str, Any] = {
             k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in saved.items()
         }
-        self.sums = Sums(**moved)
+        self.sums = EpochSums(**moved)
         if not self.ranks.is_first:  # they are of all processes: one alone goes on from them
-            none = Sums.zero(self.device)
+            none = EpochSums.zero(self.device)
             none.penalty_steps, none.skipped = self.sums.penalty_steps, self.sums.skipped
             self.sums = none

@@ -9,7 +9,7 @@ from torch import nn
 
 from hesstrace_cli.autodiff.calls import trainable, uses_batch_statistics
 from hesstrace_cli.autodiff.graph import gradient
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.ggn import ggn_vp, trace_sample
 from hesstrace_cli.curvature.hessian import hvp, quadratic_form
 from hesstrace_cli.curvature.objective import Objective
@@ -196,7 +196,7 @@ def test_a_missing_second_derivative_is_refused_by_name():
     v = draw_probe(objective.params, generator=generator())
     with pytest.raises(NotImplementedError) as caught:
         quadratic_form(lambda p: objective.loss(p, X, y), objective.params, v, mode="reverse")
-    error = refuse(caught.value, objective, X)
+    error = derivative_error(caught.value, objective, X)
     assert isinstance(error, DerivativeError)
     assert "module '1' (Square)" in str(error)
     assert isinstance(error, HesstraceError)

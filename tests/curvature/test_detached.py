@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from hesstrace_cli.analysis.estimation import estimate
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.detached import CutWatch, Detached, check_attached
 from hesstrace_cli.curvature.objective import Objective
@@ -138,7 +138,7 @@ def test_layers_of_every_kind_are_attached(name, dtype):
     objective = Objective(model, trainable(model))
     check_attached(objective, X)
     with CutWatch() as watch:
-        call_as_it_is(model, X)
+        native_outputs(model, X)
     assert not watch.found
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example import norm_rules
 from hesstrace_cli.curvature.per_example.independence import MixedExamples
@@ -180,7 +180,7 @@ def build(case, seed=0):
 
 
 def why(objective, X):
-    return why_not_linear(call_as_it_is(objective.model, X), objective.params)
+    return why_not_linear(native_outputs(objective.model, X), objective.params)
 
 
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.autodiff import differentiable
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature import ggn
 from hesstrace_cli.curvature.ggn import ggn_vp
@@ -152,7 +152,7 @@ def test_cudnn_is_off_where_a_recurrent_layer_is_called(monkeypatch):
                   differentiable._ANY_ORDER):  # fmt: skip
         monkeypatch.setitem(table, torch.lstm, differentiable._without_cudnn(lstm))
     model, X = Recurrent(nn.LSTM).eval(), torch.randn(3, 8)
-    call_as_it_is(model, X)
+    native_outputs(model, X)
     Objective(model, trainable(model)).outputs({}, X)
     assert seen == [False, False]
     assert torch.backends.cudnn.enabled

@@ -11,7 +11,7 @@ import torch
 from torchvision import models as torchvision_models
 
 from hesstrace_cli.analysis.estimation import estimate
-from hesstrace_cli.autodiff.calls import call_as_it_is, trainable
+from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
@@ -78,7 +78,7 @@ def diagonal(objective, X, y, name, step=3e-9):  # so short that it crosses no k
             moved = p.detach().clone().flatten()
             moved[index] += t
             leaf = moved.reshape(p.shape).requires_grad_()
-            outputs = call_as_it_is(objective.model, X, {name: leaf})
+            outputs = native_outputs(objective.model, X, {name: leaf})
             loss = objective.task.loss(outputs, y)
             (g,) = torch.autograd.grad(loss, leaf)
             slopes.append(g.flatten()[index].item())

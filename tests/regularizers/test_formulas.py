@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hesstrace_cli.autodiff.calls import trainable
-from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_row
+from hesstrace_cli.config import REGULARIZERS, TrainConfig, parse_regularizers
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import ALONE
 from hesstrace_cli.errors import ConfigError, ModelError
@@ -196,14 +196,14 @@ def test_grad_norm(case):
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_strength_zero_is_left_out_and_defaults_are_documented(name):
     assert build({name: 0.0}, CONFIG) == []
-    assert parse_row([name], None) == {name: REGULARIZERS[name].default}
+    assert parse_regularizers([name], None) == {name: REGULARIZERS[name].default}
     assert build({name: REGULARIZERS[name].default}, CONFIG)
     assert REGULARIZERS[name].unit
 
 
 def test_sam_and_nso_exclude_each_other():
     with pytest.raises(ConfigError, match="in the place of the loss"):
-        parse_row(["sam=0.1", "nso=0.1"], None)
+        parse_regularizers(["sam=0.1", "nso=0.1"], None)
 
 
 def test_a_users_class_declares_its_strength(tmp_path):
@@ -212,11 +212,11 @@ def test_a_users_class_declares_its_strength(tmp_path):
         "raise RuntimeError('imported')\n"
         "class A:\n    default = 0.3\n    maximum = 1\n    is_penalty = False\nclass B:\n    pass\n"
     )
-    assert parse_row([f"{file}:A"], None) == {f"{file}:A": 0.3}
+    assert parse_regularizers([f"{file}:A"], None) == {f"{file}:A": 0.3}
     with pytest.raises(ConfigError, match="at most 1"):
-        parse_row([f"{file}:A=2"], None)
+        parse_regularizers([f"{file}:A=2"], None)
     with pytest.raises(ConfigError, match="--lambda is given"):
-        parse_row([f"{file}:A"], 0.1)
+        parse_regularizers([f"{file}:A"], 0.1)
     with pytest.raises(ConfigError, match="no default strength"):
-        parse_row([f"{file}:B"], None)
-    assert parse_row([f"{file}:B"], 0.1) == {f"{file}:B": 0.1}
+        parse_regularizers([f"{file}:B"], None)
+    assert parse_regularizers([f"{file}:B"], 0.1) == {f"{file}:B": 0.1}

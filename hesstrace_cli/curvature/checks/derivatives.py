@@ -18,11 +18,11 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
-from hesstrace_cli.autodiff.calls import call_as_it_is, outputs_of
+from hesstrace_cli.autodiff.calls import native_outputs, outputs_of
 from hesstrace_cli.autodiff.casting import cast, on_copies
 from hesstrace_cli.autodiff.differentiable import HeldPadding, differentiable_ops
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.checks.verdicts import (
     TOLERANCE,
     NoDifferencesError,
@@ -193,7 +193,7 @@ class Check:
 
     def _outputs(self) -> Tensor:
         with self._padding:
-            return call_as_it_is(self.objective.model, self.X)
+            return native_outputs(self.objective.model, self.X)
 
     def _gradient_at(self, size: float) -> Params:
         """The unmodified model's gradient at w + size v."""
@@ -345,7 +345,7 @@ class Check:
                 raise
             if not names_module:  # another mode knows better which module it is
                 return Row(name, "refused", one_line(problem))
-            reason = refuse(problem, self.objective, self.X)
+            reason = derivative_error(problem, self.objective, self.X)
             if not isinstance(reason, HesstraceError):
                 raise reason from problem
             return Row(name, "refused", str(reason))
@@ -359,7 +359,7 @@ class Check:
         """
         objective, params = self.objective, self.objective.params
         keep = draw_keep(params, scheme="none", keep_prob=1.0, generator=self._generator)
-        like = call_as_it_is(objective.model, self.X).detach()
+        like = native_outputs(objective.model, self.X).detach()
         signs = rademacher(like, generator=self._generator)
         num_terms = objective.task.num_terms(self.y)
 
@@ -447,11 +447,11 @@ def _reads_parameters_alone(objective: Objective, X: Tensor, generator: Generato
     # The same to the last bit both times, as rounding may grow on its way through batch norms.
     moved_params = {n: p.detach() + _ASIDE * check.v[n] for n, p in params.items()}
     with torch.no_grad(), pinned():
-        here = call_as_it_is(model, X)
+        here = native_outputs(model, X)
     with torch.no_grad(), pinned():
-        given = call_as_it_is(model, X, moved_params)
+        given = native_outputs(model, X, moved_params)
     with torch.no_grad(), pinned(), _holding(params, moved_params):
-        in_place = call_as_it_is(model, X)
+        in_place = native_outputs(model, X)
     moved = (in_place - here).abs().max().item()
     rounding = 100 * torch.finfo(here.dtype).eps * here.abs().max().item()
     return (given - in_place).abs().max().item() <= 0.01 * moved + rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.curvature.checks.derivatives import checked, tries
 from hesstrace_cli.curvature.checks.verdicts import Row, is_settled, merged
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
@@ -36,7 +36,7 @@ def check_own_functions(data: DataLoss, curvature: str, seed: int) -> list[str]:
 def _doubts(data: DataLoss, curvature: str, seed: int) -> Iterator[str]:
     known: set[str] = set()
     for batch in data:
-        functions = own_functions(call_as_it_is(data.objective.model, batch.X)) - known
+        functions = own_functions(native_outputs(data.objective.model, batch.X)) - known
         known |= functions
         if not functions:
             continue

@@ -102,12 +102,12 @@ def compared_gradients(
     """
     if not all(torch.isfinite(part).all() for part in found.values()):
         return Row(name, "wrong", NOT_FINITE)
-    weight = {n: part.norm().item() / math.sqrt(max(1, part.numel())) for n, part in u.items()}
+    size = {n: part.norm().item() / math.sqrt(max(1, part.numel())) for n, part in u.items()}
 
     def errors(a: Params, b: Params) -> dict[str, float]:
-        sizes = {n: weight[n] * b[n].norm().item() for n in u}
+        sizes = {n: size[n] * b[n].norm().item() for n in u}
         least = max(_LEAST * max(sizes.values()), 1e-9)
-        return {n: weight[n] * (a[n] - b[n]).norm().item() / max(sizes[n], least) for n in u}
+        return {n: size[n] * (a[n] - b[n]).norm().item() / max(sizes[n], least) for n in u}
 
     def worst(a: Params, b: Params) -> float:
         return max(errors(a, b).values())

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient
-from hesstrace_cli.curvature.blame import refuse
+from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.matrix import ggn_product
@@ -109,7 +109,7 @@ def _quadratic_sampler(
             grad = gradient(loss(params, batch.X, batch.y), params, create_graph=True)
             check_graph(*grad.values())
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, objective, batch.X) from problem
+            raise derivative_error(problem, objective, batch.X) from problem
         rows = []
         for _ in range(num_probes):
             v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
@@ -166,7 +166,7 @@ def diagonal_sampler(objective: Objective) -> Sampler:
         try:
             return hessian_diagonal_traces(objective, batch.X, batch.y)[None, None]
         except (RuntimeError, NotImplementedError) as problem:
-            raise refuse(problem, objective, batch.X) from problem
+            raise derivative_error(problem, objective, batch.X) from problem
 
     return sample
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Generator, Tensor
 
-from hesstrace_cli.autodiff.calls import call_as_it_is
+from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.detached import CutWatch, check_attached
 from hesstrace_cli.curvature.hessian import hvp
@@ -85,7 +85,7 @@ class PerExampleTrace:
 
     def _outputs(self, X: Tensor) -> Tensor:
         # The model's own operations: their first derivatives, all that is needed, are right.
-        return call_as_it_is(self.objective.model, X)
+        return native_outputs(self.objective.model, X)
 
     def _watched(self, X: Tensor) -> tuple[Tensor, bool]:
         """The outputs, and whether a value that was taken off the graph is used for them."""

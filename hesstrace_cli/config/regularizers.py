@@ -113,7 +113,7 @@ def _strength(name: str, text: str) -> float:
     return value
 
 
-def parse_row(entries: Sequence[str], lambda_: float | None) -> dict[str, float]:
+def parse_regularizers(entries: Sequence[str], lambda_: float | None) -> dict[str, float]:
     """The regularizers used at once, each with its strength.
 
     Raises:
@@ -177,13 +177,13 @@ def tuned_rows(
 ) -> list[dict[str, float]]:
     """The rows that stand for one entry: one, or one for each combination to choose from."""
     terms = parse_terms([entry])
-    rows = [parse_row([entry], lambda_)]
+    rows = [parse_regularizers([entry], lambda_)]
     for name in (name for name, strength in terms if strength is None and name in choices):
         rows = [{**row, name: strength} for row in rows for strength in choices[name]]
     return rows
 
 
-def row_name(row: Mapping[str, float]) -> str:
+def regularizers_name(row: Mapping[str, float]) -> str:
     """The canonical name of a row: "none", or `name=strength` joined with commas."""
     return ",".join(f"{name}={_shortest(value)}" for name, value in row.items()) or "none"
 
