@@ -12,7 +12,7 @@ import torch
 
 from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.config import EstimateConfig
-from hesstrace_cli.curvature.trace.estimators import estimators as trace
+from hesstrace_cli.curvature.trace import estimators as trace
 from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import DataError, LostProcess, NumericsError, Stopped
 from tests.conftest import make_run

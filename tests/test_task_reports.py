@@ -13,7 +13,8 @@ import torch
 
 from hesstrace_cli.analysis.evaluation import evaluate, generalization_report
 from hesstrace_cli.cli.train import _epoch_line
-from hesstrace_cli.comparison.table import MEASURES, check_comparable, grid, tabulate, write
+from hesstrace_cli.comparison import grid
+from hesstrace_cli.comparison.table import MEASURES, check_comparable, tabulate, write
 from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
 from hesstrace_cli.data import load_data
 from hesstrace_cli.errors import ConfigError

@@ -13,7 +13,7 @@ from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example import norm_rules
 from hesstrace_cli.curvature.per_example.independence import MixedExamples
 from hesstrace_cli.curvature.per_example.linearity import why_not_linear
-from hesstrace_cli.curvature.trace.estimators import exact
+from hesstrace_cli.curvature.trace import exact
 from hesstrace_cli.curvature.trace.exact import PerExampleTrace, hessian_diagonal_traces
 from tests.curvature import oracles
 from tests.curvature.zoo import CASES, make
