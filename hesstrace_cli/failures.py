@@ -24,6 +24,12 @@ _DEVICE_FAILED = re.compile(
     r"|CU(DNN|BLAS|SOLVER|SPARSE)_STATUS_(NOT_INITIALIZED|MAPPING|EXECUTION|INTERNAL)"
 )
 
+FAILURES = (
+    RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError,
+    AssertionError,
+)  # fmt: skip
+"""What an operation raises that has no derivative of some order, or no rule for it."""
+
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether memory was asked for that is not there, on whatever device."""

@@ -12,9 +12,8 @@ Source:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,19 +24,18 @@ from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
 from hesstrace_cli.curvature.blame import derivative_error
-from hesstrace_cli.curvature.checks.derivatives import FAILURES
 from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
-from hesstrace_cli.curvature.ggn import (
-    root_gradient,
-    trace_sample_at,
-    trace_sample_of_parts,
-    traces_of,
-)
-from hesstrace_cli.curvature.hessian import loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import Scheme, draw_keep, draw_probe, rademacher
+from hesstrace_cli.curvature.probes import Scheme
+from hesstrace_cli.curvature.trace_penalty import (
+    CompiledSamples,
+    Draws,
+    batch_samples,
+    hessian_samples,
+    root_gradients,
+    samples_of_parts,
+)
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.regularizers.base import Coupled, Setting, Step, Term
 
 
@@ -68,7 +66,7 @@ def choose_curvature(asked: str, objective: Objective, X: Tensor) -> CurvatureCh
     return CurvatureChoice("ggn", "auto: tr(G) is never negative and its estimate varies less")
 
 
-class TracePenalty(Coupled):
+class TraceRegularizer(Coupled):
     """lambda tr(H) or lambda tr(G) of the batch's mean loss, in training mode.
 
     Args:
@@ -88,13 +86,15 @@ class TracePenalty(Coupled):
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         super().__init__(strength, config)
-        self.scheme: Scheme = "none"
-        if config.estimator == "dropout":
-            self.scheme = cast(Scheme, config.dropout_scheme)
+        drops = config.estimator == "dropout"
+        self.draws = Draws(
+            scheme=cast(Scheme, config.dropout_scheme) if drops else "none",
+            keep_prob=config.keep_prob, num_probes=config.num_probes,
+        )  # fmt: skip
         self.engine = Engine("taylor", "not checked")
         self._take(CurvatureChoice(config.curvature, "as asked for"))
         self._graph_checked = False
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: CompiledSamples | None = None
 
     def _take(self, choice: CurvatureChoice) -> None:
         self.choice = choice
@@ -152,22 +152,16 @@ class TracePenalty(Coupled):
         """The unbiased sample of the trace, averaged over the probes."""
         if not self._is_active(step.index, step.progress):
             return None
-        of_g, loss = self.of_g, None
         try:
-            if self.config.compile:
-                samples = self._compiled_samples(step)
-            else:
-                samples = self._ggn_samples(step) if of_g else []
-                if not of_g:
-                    samples, loss = self._hessian_samples(step)
+            samples, loss = self._samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
             raise derivative_error(problem, step.objective, step.X) from problem
-        is_mean = self.config.compile or (of_g and self.gathered(step) is None)
-        is_whole = of_g and not is_mean
+        is_mean = self.config.compile or (self.of_g and self.gathered(step) is None)
+        is_whole = self.of_g and not is_mean
         strength = self.strength_at(step.progress)
         return Term(strength, value, is_mean=is_mean, is_whole=is_whole, loss=loss)
 
@@ -176,100 +170,35 @@ class TracePenalty(Coupled):
         by_taylor = not self.of_g and self.engine.engine == "taylor"
         return by_taylor and not self.config.compile and self._is_active(index, progress)
 
-    def _root_gradients(self, step: Step) -> Iterator[tuple[Params, dict[str, Tensor]]]:
+    def _root_gradients(self, step: Step) -> Iterator[tuple[Params, Params]]:
         """For every probe what is kept, and sum_m J_m^T B_m e_m over this part's terms."""
-        params, outputs, part = step.objective.params, step.outputs, step.part
-        generator = step.shared_generator()
-        for _ in range(self.config.num_probes):
-            keep = draw_keep(
-                params, scheme=self.scheme, keep_prob=self.config.keep_prob, generator=generator
-            )
-            like = outputs.new_empty((part.num_examples, *outputs.shape[1:]))
-            signs = rademacher(like, generator=generator)
-            if not part.is_whole:
-                signs = signs[part.rows.to(signs.device, non_blocking=True)]
-            cotangent = step.objective.task.root(outputs, step.targets, signs)
-            yield keep, root_gradient(outputs, params, cotangent, keep)
-
-    def _ggn_samples(self, step: Step) -> list[Tensor]:
-        samples, num_terms = [], step.part.num_terms
-        gathered = self.gathered(step)
-        sums = iter(gathered or ())
-        for keep, local in self._root_gradients(step):
-            if gathered is None:
-                parts = traces_of(local, keep, num_terms)
-                samples.append(torch.stack(list(parts.values())).sum())
-            else:
-                whole = {n: next(sums) for n in local}
-                samples.append(trace_sample_of_parts(local, whole, keep, num_terms))
-        return samples
-
-    def _compiled_samples(self, step: Step) -> list[Tensor]:
-        """The sample as one compiled function; what is dropped is multiplied by 0 there."""
-        params, generator = step.objective.params, step.shared_generator()
-        drawn = []
-        for _ in range(self.config.num_probes):
-            settings: dict[str, Any] = {
-                "scheme": self.scheme, "keep_prob": self.config.keep_prob, "generator": generator
-            }  # fmt: skip
-            if self.of_g:
-                keep = draw_keep(params, **settings)
-                zero = step.outputs.new_zeros(())
-                factors = {name: keep.get(name, zero) for name in params}
-                drawn.append((rademacher(step.outputs, generator=generator), factors))
-            else:
-                probe = draw_probe(params, **settings)
-                zeros = {n: torch.zeros_like(p) for n, p in params.items()}
-                drawn.append((step.outputs.new_zeros(()), zeros | probe))
-        if not self._graph_checked:  # by the same function, before it is compiled
-            given = (params, step.X, step.targets, *drawn[0])
-            check_graph(_sample(step.objective, self.choice.curvature, *given))
-            self._graph_checked = True
-        if self._compiled is None:
-            sample = partial(_sample, step.objective, self.choice.curvature)
-            self._compiled = torch.compile(sample, dynamic=False)
-        return [self._compiled(params, step.X, step.targets, *each) for each in drawn]
-
-    def _hessian_samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
-        """This part's share of v^T H v for each probe, and of the loss where a pass gave it."""
-        objective, generator = step.objective, step.shared_generator()
-        probes = [
-            draw_probe(objective.params, scheme=self.scheme, keep_prob=self.config.keep_prob,
-                       generator=generator)
-            for _ in range(self.config.num_probes)
-        ]  # fmt: skip
-
-        def loss(params: Params) -> Tensor:
-            # Weighted in here, as synced norms sum what is differentiated over the parts.
-            return step.part.share * objective.loss(params, step.X, step.targets)
-
-        engine = self.engine
-        for mode in (engine.engine, *engine.others):
-            try:
-                if mode == "taylor":
-                    pairs = [loss_and_form(loss, objective.params, v) for v in probes]
-                    return [form for _, form in pairs], pairs[0][0]
-                forms = [quadratic_form(loss, objective.params, v, mode=mode) for v in probes]
-                return forms, None if step.loss.requires_grad else loss(objective.params)
-            except FAILURES as problem:
-                if is_of_the_machine(problem):
-                    raise
-                # What this batch does may have no rule; another mode was found right as well. Not
-                # kept for later steps: a resumed run would not know of it.
-                failed = problem
-        raise failed
-
-
-def _sample(
-    objective: Objective, curvature: str, params: Params, X: Tensor, y: Tensor, signs: Tensor,
-    parts: Params,
-) -> Tensor:  # fmt: skip
-    """One sample as a function of its arguments; `parts` are G's factors, or H's probe."""
-    task = objective.task
-    if curvature == "ggn":
-        traces = trace_sample_at(
-            lambda p: objective.outputs(p, X), params, lambda f: task.root(f, y, signs), parts,
-            task.num_terms(y),
+        part = step.part
+        return root_gradients(
+            step.outputs, step.objective.params, step.objective.task, step.targets,
+            draws=self.draws, generator=step.shared_generator(),
+            rows=None if part.is_whole else part.rows, num_examples=part.num_examples,
         )  # fmt: skip
-        return torch.stack(list(traces.values())).sum()
-    return quadratic_form(lambda p: objective.loss(p, X, y), params, parts, mode="forward")
+
+    def _samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
+        """One sample a probe, and this part's share of the plain loss where a pass gave it."""
+        objective, generator = step.objective, step.shared_generator()
+        if self.config.compile:
+            self._compiled = self._compiled or CompiledSamples(objective, self.choice.curvature)
+            return self._compiled(
+                step.X, step.targets, step.outputs, draws=self.draws, generator=generator
+            ), None
+        if not self.of_g:
+            samples, loss = hessian_samples(
+                objective, step.X, step.targets, draws=self.draws, generator=generator,
+                modes=(self.engine.engine, *self.engine.others), share=step.part.share,
+            )  # fmt: skip
+            if loss is None and not step.loss.requires_grad:
+                loss = step.part.share * objective.loss(objective.params, step.X, step.targets)
+            return samples, loss
+        sums = self.gathered(step)
+        if sums is not None:
+            return samples_of_parts(self._root_gradients(step), sums, step.part.num_terms), None
+        return batch_samples(
+            step.outputs, objective.params, objective.task, step.targets, draws=self.draws,
+            generator=generator,
+        ), None  # fmt: skip

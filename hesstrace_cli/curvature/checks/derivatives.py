@@ -37,14 +37,9 @@ from hesstrace_cli.curvature.hessian import Mode, hvp, quadratic_form
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.probes import draw_keep, rademacher
 from hesstrace_cli.errors import DerivativeError, HesstraceError
-from hesstrace_cli.failures import is_of_the_machine
+from hesstrace_cli.failures import FAILURES, is_of_the_machine
 
 T = TypeVar("T")
-FAILURES = (
-    RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError,
-    AssertionError,
-)  # fmt: skip
-"""What an operation raises that has no derivative of some order, or no rule for it."""
 
 
 @dataclasses.dataclass(frozen=True)
