@@ -28,8 +28,15 @@ from torch.func import functional_call
 
 from hesstrace_cli.analysis.estimation import LEAST_DEGREES
 from hesstrace_cli.autodiff.graph import Params
-from hesstrace_cli.curvature.probes import Scheme, draw_keep, inclusion, rademacher
-from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
+from hesstrace_cli.curvature.probes import (
+    EVERYTHING,
+    Inclusion,
+    Scheme,
+    draw_keep,
+    inclusion,
+    rademacher,
+)
+from hesstrace_cli.curvature.statistics import Mean, StratifiedMean, Stratum
 from hesstrace_cli.curvature.trace.estimators import Stop
 from hesstrace_cli.curvature.trace.hutchpp import hutchpp
 from hesstrace_cli.curvature.trace.xtrace import xtrace
@@ -222,11 +229,18 @@ def held(found: list[list[Mean]], truth: Tensor, passes: float) -> Outcome:
 
 
 def repeated(
-    draw: Draw, truth: Tensor, batches: int, *, stop: Stop, repeats: int, kept: float, seed: int
+    draw: Draw,
+    truth: Tensor,
+    batches: int,
+    *,
+    stop: Stop,
+    repeats: int,
+    kept: Inclusion,
+    seed: int,
 ) -> Outcome:
     """Repetitions side by side: to the running mean they are so many more quantities."""
     generator = Generator().manual_seed(seed)
-    running = StratifiedMean(inclusion=kept)
+    running = StratifiedMean(inclusion=Inclusion(kept.probability))
     found: dict[int, list[Mean]] = {}
     total_passes = 0
     passes = 0
@@ -235,14 +249,26 @@ def repeated(
         for batch in range(batches):
             samples = draw(batch, PROBES, repeats, generator)
             running.add(batch, 1 / batches, samples.flatten(2))
-        means = running.means()
         columns = len(truth)
-        for number in range(repeats):
-            own = means[number * columns : (number + 1) * columns]
-            if number not in found and stop.reached(own[0], passes, 0.0):
-                found[number] = own
+        totals = stop.judged(running.means()[::columns])
+        for number, total in enumerate(totals):
+            if number not in found and stop.reached(total, passes, 0.0):
+                own = slice(number * columns, (number + 1) * columns)
+                found[number] = stop.judged(of_columns(running, own, kept).means())
                 total_passes += passes
     return held(list(found.values()), truth, total_passes / repeats)
+
+
+def of_columns(running: StratifiedMean, columns: slice, kept: Inclusion) -> StratifiedMean:
+    """The running mean of one repetition."""
+    own = {
+        number: Stratum(
+            s.count, torch.as_tensor(s.mean)[:, columns], torch.as_tensor(s.squares)[:, columns]
+        )
+        for number, s in running.batches.items()
+    }
+    included = torch.as_tensor(running.included)[columns]
+    return StratifiedMean(False, kept, own, running.weights, included, running.count)
 
 
 def sketched(
@@ -256,8 +282,10 @@ def sketched(
     for _ in range(repeats):
         m, used = first, 0
         while True:
-            own = SKETCHES[method](matrix, like, problem.sizes, num_products=m, generator=generator)
-            used += m
+            drawn = SKETCHES[method](
+                matrix, like, problem.sizes, num_products=m, generator=generator
+            )
+            own, used = stop.judged(drawn), used + m
             if stop.reached(own[0], used + m, 0.0, LEAST_DEGREES):
                 break
             m *= 2
@@ -281,17 +309,27 @@ def settings_of(draw: Draw, truth: Tensor, batches: int) -> dict[str, Stop]:
     return rules
 
 
-def methods(problem: Problem) -> Iterator[tuple[str, Draw, Tensor, float]]:
+def methods(problem: Problem) -> Iterator[tuple[str, Draw, Tensor, Inclusion]]:
     """Name, samples, matrices and inclusion probability of every method that works by batches."""
     for name, matrices in (("H", problem.hessians), ("G", problem.ggns)):
-        yield f"hutchinson, {name}", by_probes(problem, matrices), matrices, 1.0
+        yield f"hutchinson, {name}", by_probes(problem, matrices), matrices, EVERYTHING
         for scheme, q in itertools.product(SCHEMES, (0.5, 0.2)):
             kept = inclusion(problem.params, scheme, q)
             draw = by_probes(problem, matrices, scheme, q)
             yield f"dropout {scheme} {q}, {name}", draw, matrices, kept
-    yield "exact+hutchinson, H", with_control_variate(problem, signs=False), problem.hessians, 1.0
-    yield "signs+hutchinson, H", with_control_variate(problem, signs=True), problem.hessians, 1.0
-    yield "signs, G", by_signs(problem), problem.ggns, 1.0
+    yield (
+        "exact+hutchinson, H",
+        with_control_variate(problem, signs=False),
+        problem.hessians,
+        EVERYTHING,
+    )
+    yield (
+        "signs+hutchinson, H",
+        with_control_variate(problem, signs=True),
+        problem.hessians,
+        EVERYTHING,
+    )
+    yield "signs, G", by_signs(problem), problem.ggns, EVERYTHING
 
 
 def outcomes(

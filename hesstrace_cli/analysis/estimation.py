@@ -42,7 +42,7 @@ _DEFAULT_RTOL = 0.05
 _DEFAULT_PRODUCTS = 12
 _EXAMPLES_TO_TRY = 8  # to see what the model executes
 SKETCHES = {"hutch++": hutchpp, "xtrace": xtrace}
-LEAST_DEGREES = 5.0  # twice the products between two looks at the interval, so that few do
+LEAST_DEGREES = 3.0  # twice the products between two looks at the interval, so that few do
 _LEAST_PRODUCTS = {"hutch++": 3, "xtrace": 4}
 
 OnPass = Callable[[int, Mean], None]
@@ -206,9 +206,8 @@ def _by_sketch(
         )
     while True:
         like = next(iter(params.values()))
-        total, *parts = draw(
-            matrix, like, matrix.sizes, num_products=num_products, generator=generator
-        )
+        found = draw(matrix, like, matrix.sizes, num_products=num_products, generator=generator)
+        total, *parts = stop.judged(found)
         passes += num_products
         if not math.isfinite(total.value):
             raise NumericsError(f"the trace estimate is {total.value}")

@@ -13,7 +13,7 @@ from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.detached import Detached
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.independence import MixedExamples, Unfit
-from hesstrace_cli.curvature.probes import Scheme, inclusion
+from hesstrace_cli.curvature.probes import EVERYTHING, Inclusion, Scheme, inclusion
 from hesstrace_cli.curvature.trace.estimators import (
     Sampler,
     control_variate_sampler,
@@ -45,7 +45,7 @@ class Method:
         reason: One clause that says why.
         sampler: Draws its samples on a batch.
         exact: Whether they have no error.
-        inclusion: The probability with which a probe includes each weight.
+        inclusion: What a probe leaves out.
         by_products: Whether it takes products with H or G, not first derivatives alone.
     """
 
@@ -53,7 +53,7 @@ class Method:
     reason: str
     sampler: Sampler
     exact: bool = False
-    inclusion: float = 1.0
+    inclusion: Inclusion = EVERYTHING
     by_products: bool = True
 
 

@@ -8,7 +8,7 @@ square root of its inclusion probability, so that v^T H v estimates tr(H) at eve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -29,13 +29,29 @@ def num_kept(num_tensors: int, keep_prob: float) -> int:
     return max(1, round(keep_prob * num_tensors))
 
 
-def inclusion(params: Params, scheme: Scheme, keep_prob: float) -> float:
-    """The probability with which `draw_keep` includes each entry."""
+class Inclusion(NamedTuple):
+    """What a probe leaves out.
+
+    Attributes:
+        probability: With which it includes each entry.
+        of_tensors: Whether it includes or leaves out the entries of a tensor together.
+    """
+
+    probability: float = 1.0
+    of_tensors: bool = False
+
+
+EVERYTHING = Inclusion()
+
+
+def inclusion(params: Params, scheme: Scheme, keep_prob: float) -> Inclusion:
+    """What the probes of `draw_keep` leave out."""
     if scheme == "none":
-        return 1.0
+        return EVERYTHING
     if scheme == "entry":
-        return keep_prob
-    return num_kept(len(params), keep_prob) / len(params)
+        return Inclusion(keep_prob)
+    share = num_kept(len(params), keep_prob) / len(params)
+    return Inclusion(share, of_tensors=share < 1)
 
 
 def draw_keep(
@@ -66,7 +82,7 @@ def draw_keep(
     if scheme == "entry":
         return {name: _kept_entries(p, keep_prob, generator) for name, p in params.items()}
     names: Sequence[str] = list(params)
-    scale = inclusion(params, scheme, keep_prob) ** -0.5
+    scale = inclusion(params, scheme, keep_prob).probability ** -0.5
     if scheme in ("tensor", "block"):
         kept = num_kept(len(names), keep_prob)
         # On the generator's device; sorted, so that the order of work is the model's own.

@@ -9,6 +9,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from hesstrace_cli.curvature.probes import EVERYTHING, Inclusion
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -82,15 +84,19 @@ class StratifiedMean:
 
     Attributes:
         exact: Whether a sample has no error, so that one a stratum is enough.
-        inclusion: The probability with which a sample includes each weight. Samples without the
+        inclusion: With which probability a sample includes each weight. Samples without the
             heaviest ones have little spread, so that no more than this share of the degrees of
-            freedom (Welch and Satterthwaite) counts, nor more than `COUNTED`.
+            freedom (Welch and Satterthwaite) counts, nor more than `COUNTED`. Where it includes or
+            leaves out whole tensors, the spread of one is that of how often it was included: its
+            error is known once it was both, and its degrees are those of the fewer of the two.
     """
 
     exact: bool = False
-    inclusion: float = 1.0
+    inclusion: Inclusion = EVERYTHING
     batches: dict[int, Stratum] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
+    included: Tensor | float = 0.0
+    count: int = 0
 
     def add(self, batch: int, share: float, samples: Tensor) -> None:
         """Add samples of one batch.
@@ -101,6 +107,8 @@ class StratifiedMean:
             samples: Shape (n, E, K): n samples of the K quantities for each of its E strata.
         """
         self.weights[batch] = share / samples.shape[1]
+        self.included = self.included + (samples != 0).sum((0, 1)).cpu()
+        self.count += samples.shape[0] * samples.shape[1]
         running = self.batches.setdefault(batch, Stratum())
         for sample in samples.detach().to("cpu", torch.float64):
             running.add(sample)
@@ -119,10 +127,16 @@ class StratifiedMean:
             variance += part.sum(0)
             quartic += part.square().sum(0) / (s.count - 1)
         degrees = torch.where(quartic > 0, variance.square() / quartic, math.inf)
-        degrees *= min(COUNTED, self.inclusion)
+        degrees *= min(COUNTED, self.inclusion.probability)
         errors: list[float | None] = variance.sqrt().tolist()
-        if self.inclusion < 1:  # no spread of a part says that it has never been kept
-            errors = errors[:1] + [error or None for error in errors[1:]]
+        if self.inclusion.of_tensors:
+            included = torch.as_tensor(self.included)
+            fewer = torch.minimum(included, self.count - included)[1:] - 1
+            degrees[1:] = torch.minimum(degrees[1:], COUNTED * fewer)
+            errors = errors[:1] + [
+                error if known else None
+                for error, known in zip(errors[1:], (fewer > 0).tolist(), strict=True)
+            ]
         return [
             Mean(value, error, df)
             for value, error, df in zip(values.tolist(), errors, degrees.tolist(), strict=True)

@@ -13,7 +13,7 @@ from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import trace_sample
 from hesstrace_cli.curvature.hessian import quadratic_form
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import draw_keep, draw_probe, num_kept, rademacher
+from hesstrace_cli.curvature.probes import Inclusion, draw_keep, draw_probe, num_kept, rademacher
 from hesstrace_cli.curvature.statistics import COUNTED, Mean, StratifiedMean, t_quantile
 from hesstrace_cli.curvature.trace.estimators import (
     Stop,
@@ -168,17 +168,17 @@ def test_ragged_batches_weigh_by_their_size():
     assert abs(result.total.value - H.trace().item()) < 4 * result.total.stderr
 
 
-def test_a_tensor_never_kept_has_an_unknown_error():
+def test_a_tensor_that_was_never_kept_or_never_left_out_has_an_unknown_error():
     """Not one of 0, though its samples do not differ."""
-    objective, X, y = problem()
-    sampler = hessian_sampler(objective, "tensor", 0.25)
-    result = estimate_trace(
-        sampler, DataLoss.counted(objective, batches_of(X, y, 6)), num_probes=2, stop=Stop(None),
-        generator=generator(0), inclusion=0.25,
-    )  # fmt: skip
-    kept = [name for name, part in result.tensors.items() if part.value]
-    assert kept
-    assert [name for name, part in result.tensors.items() if part.stderr is not None] == kept
+    kept = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0], [1, 0, 1, 0]])
+    samples = kept * torch.tensor([2.0, 3, 4, 5])
+    running = StratifiedMean(inclusion=Inclusion(0.5, of_tensors=True))
+    running.add(0, 1.0, torch.cat([samples.sum(1, keepdim=True), samples], 1)[:, None])
+    total, always, never, often, once = running.means()
+    assert total.stderr is not None
+    assert always.stderr is never.stderr is once.stderr is None
+    assert often.stderr == pytest.approx((samples[:, 2].std() / 5**0.5).item())
+    assert often.degrees == pytest.approx(COUNTED * (2 - 1))
 
 
 def test_stratified_mean_is_the_formula():
@@ -194,7 +194,7 @@ def test_stratified_mean_is_the_formula():
     assert mean.stderr == pytest.approx(math.sqrt(sum(parts)))
     degrees = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 3)
     assert mean.degrees == pytest.approx(COUNTED * degrees)
-    running.inclusion = 0.2
+    running.inclusion = Inclusion(0.2)
     assert running.means()[0].degrees == pytest.approx(0.2 * degrees)
 
 

@@ -7,8 +7,8 @@ these shares: unbiased, and far less variable than one probe shared by all batch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -19,7 +19,7 @@ from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.matrix import ggn_product
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import Scheme, draw_probe
+from hesstrace_cli.curvature.probes import EVERYTHING, Inclusion, Scheme, draw_probe
 from hesstrace_cli.curvature.statistics import Mean, StratifiedMean
 from hesstrace_cli.curvature.trace.exact import PerExampleTrace, hessian_diagonal_traces
 from hesstrace_cli.errors import NumericsError
@@ -27,8 +27,16 @@ from hesstrace_cli.errors import NumericsError
 Sampler = Callable[[Batch, int, Generator], Tensor]
 """From a batch, m and a generator to m samples of T blocks' traces for E strata, (m, E, T)."""
 
-MIN_DEGREES = 10.0
-"""A stopping rule looks at an interval only once it has this many degrees of freedom."""
+MIN_DEGREES = 6.0
+"""A stopping rule looks at an interval only once this many degrees of freedom of it count."""
+
+CHOSEN = 0.6
+"""Of the degrees of freedom of an interval that was waited for, those that count.
+
+It is looked at pass after pass, and taken the first time that it is short: when the spread of the
+samples happens to be low for their number. With all of them such intervals hold the truth in 94 of
+100 cases, with three fifths in 95 (`benchmarks/coverage.py`).
+"""
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,16 @@ class Stop:
     max_passes: int = 100
     max_seconds: float = float("inf")
 
+    def judged(self, means: Sequence[Mean]) -> list[Mean]:
+        """The means with the degrees of freedom that count where the rule waits for an interval."""
+        if not self.rtol and not self.atol:
+            return list(means)
+        return [replace(mean, degrees=CHOSEN * mean.degrees) for mean in means]
+
     def reached(
         self, total: Mean, passes: int, seconds: float, min_degrees: float = MIN_DEGREES
     ) -> bool:
-        """Whether the estimate after these passes is good enough, or has to be."""
+        """Whether the estimate after these passes, as `judged`, is good enough, or has to be."""
         if self.rtol is None or passes >= self.max_passes or seconds >= self.max_seconds:
             return True
         interval = total.interval()
@@ -202,7 +216,7 @@ def estimate_trace(
     stop: Stop,
     generator: Generator,
     exact: bool = False,
-    inclusion: float = 1.0,
+    inclusion: Inclusion = EVERYTHING,
     on_pass: Callable[[int, Mean], None] | None = None,
 ) -> TraceEstimate:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
@@ -215,7 +229,7 @@ def estimate_trace(
         stop: The stopping rule.
         generator: Source of all randomness; with several processes another for each.
         exact: Whether the samples have no error: one pass is then all.
-        inclusion: The probability with which a probe includes each weight.
+        inclusion: What a probe leaves out.
         on_pass: Told the number of passes done and the estimate so far.
 
     Raises:
@@ -235,7 +249,7 @@ def estimate_trace(
         for number, share, samples in ranks.each(drawn()):
             running.add(number, share, samples)
         passes += 1
-        total, *parts = running.means()
+        total, *parts = stop.judged(running.means())
         if not abs(total.value) < float("inf"):
             raise NumericsError(f"the trace estimate is {total.value} after {passes} passes")
         if on_pass is not None:
