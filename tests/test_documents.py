@@ -80,6 +80,7 @@ NOT_RUN = {
     "torchrun": "tests/test_torchrun.py runs it with two processes",
     "benchmarks/gpu.sh": "needs a GPU for what it measures; its flags are looked at below",
     "hesstrace train --config sample_configs/paper/": "tests/test_configs.py does it",
+    "python examples/": "the folder of these commands is made with it",
 }
 
 
@@ -88,6 +89,10 @@ def reason_not_to_run(command):
 
 
 SMALLER = {
+    "resnet18/last.pt --dataset imagefolder:CIFAR_DIR": "last.pt",
+    "transformer/last.pt --model examples/text.py:transformer": "text.pt --model mymodel.py:text",
+    "lstm/last.pt --model examples/text.py:lstm": "text.pt --model mymodel.py:text",
+    "regression-none/last.pt regression-trace/last.pt": "none/last.pt trace/last.pt",
     "--dataset imagefolder:DIR": "--dataset imagefolder:images",
     "imagefolder:CIFAR_DIR": "imagefolder:images",
     "imagefolder:DIR": "imagefolder:images",
@@ -119,6 +124,7 @@ FLAGS = {
     "estimate-trace": "--num-examples 6",
     "spectrum": "--num-examples 6",
     "verify": "",
+    "sensitivity": "--num-examples 6",
 }
 BENCHMARK_FLAGS = {
     "coverage.py": "--repeats 5 --sketch-repeats 3",
@@ -173,6 +179,10 @@ def build(num_classes, in_shape, width=4):
         inputs *= size
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.GELU(),
                          nn.Linear(width, num_classes))
+
+
+def text(num_classes, width=4):
+    return nn.Sequential(nn.Embedding(num_classes, width), nn.Linear(width, num_classes))
 """
 
 
@@ -187,10 +197,21 @@ def workplace(tmp_path_factory):
     np.savez(folder / "arrays.npz", x_train=X, y_train=y, x_test=X, y_test=y)
     (folder / "mymodel.py").write_text(PLUG_IN)
     torch.save(models.resnet18(num_classes=3).state_dict(), folder / "resnet18.pth")
-    (folder / "sample_configs").symlink_to(ROOT / "sample_configs")
+    for name in ("sample_configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "text").mkdir()
+    for part in ("train", "test"):
+        (folder / "text" / f"{part}.txt").write_text("a b c d\n a b a c\n" * 200)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        for script in ("tasks.py data . --examples 80", "text.py text words.npz --windows 40"):
+            name, *words = shlex.split(script)
+            patch.setattr(sys, "argv", [name, *words])
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         flags = [*shlex.split(FLAGS["train"]), "--model-arg", "width=2"]
+        text = ("--dataset", "words.npz", "--task", "tokens", "--model", "mymodel.py:text")
+        assert invoke("train", *flags, *text, "--out", "text-run").exit_code == 0
+        (folder / "text.pt").symlink_to(folder / "text-run" / "last.pt")
         for name in ("runs/one", "none", "trace", "runs/sweep/seen"):
             assert invoke("train", *flags, "--out", name).exit_code == 0
         (folder / "last.pt").symlink_to(folder / "none" / "last.pt")
@@ -269,7 +290,7 @@ def flags_in(text):
 
 def test_every_flag_in_the_documents_exists():
     ours = set()
-    for name in ("train", "estimate-trace", "compare", "spectrum", "verify"):
+    for name in FLAGS:
         ours |= flags_in(invoke(name, "--help").output)
     theirs = {"--help", "--version", "--nproc-per-node", "--array", "--joblog", "--gres",
               "--cpus-per-task", "--time", "--requeue"}  # fmt: skip

@@ -13,6 +13,7 @@ from hesstrace_cli.cli import screen, signals, streams
 from hesstrace_cli.cli.boundary import ErrorBoundary
 from hesstrace_cli.cli.compare import compare
 from hesstrace_cli.cli.estimate_trace import estimate_trace
+from hesstrace_cli.cli.sensitivity import sensitivity
 from hesstrace_cli.cli.spectrum import spectrum
 from hesstrace_cli.cli.train import train
 from hesstrace_cli.cli.verify import verify
@@ -46,6 +47,7 @@ app.command("estimate-trace")(estimate_trace)
 app.command()(compare)
 app.command()(spectrum)
 app.command()(verify)
+app.command()(sensitivity)
 
 
 def main() -> None:

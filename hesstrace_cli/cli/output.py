@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from hesstrace_cli.data import DataSet
 
 
-def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str | None]) -> None:
+def check_places(
+    json_file: str | None, plot: str | None, inputs: Iterable[str | None], **others: str | None
+) -> None:
     """Refuse before the work places that cannot be written, or hold what must not be lost.
 
     Args:
         json_file: Where the record goes; "-" is stdout.
         plot: Where the plot goes.
         inputs: The files that the command reads, and what it names as its model and data.
+        others: Where else it writes, by the flag's name.
 
     Raises:
         ConfigError: If there is one, or the plot has no format that can be drawn.
@@ -34,14 +37,19 @@ def check_places(json_file: str | None, plot: str | None, inputs: Iterable[str |
     from hesstrace_cli.storage.runs import RunFolder
 
     read = [file for name in inputs if name is not None for file in files_of(name)]
-    for place in (json_file, plot):
+    places = {"json": json_file, "plot": plot, **others}
+    for place in places.values():
         check_writable(place)
         check_apart(place, read)
         target = None if place is None or place == "-" else resolved(place)
         if target is not None and RunFolder(target.parent).owns(target):
             raise ConfigError(f"{place!r} belongs to the run in its folder; write to another file")
-    if plot is not None and json_file is not None and Path(plot) == Path(json_file):
-        raise ConfigError(f"--json and --plot both are {plot!r}")
+    taken: dict[Path, str] = {}
+    for flag, place in places.items():
+        if place is not None and place != "-":
+            first = taken.setdefault(Path(place), flag)
+            if first != flag:
+                raise ConfigError(f"--{first} and --{flag} both are {place!r}")
     plots.check_format(plot)
 
 

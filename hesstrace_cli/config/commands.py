@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hesstrace_cli.config.declared import task_names
 from hesstrace_cli.config.fields import (
     LARGEST_SHIFT,
     SMALLEST_SCALE,
@@ -27,7 +28,7 @@ from hesstrace_cli.config.regularizers import (
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
-TASK_NAMES = ("classification", "tokens", "segmentation", "regression", "multilabel")
+TASK_NAMES = task_names()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,8 +398,8 @@ class SpectrumConfig(CheckpointConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateConfig(CheckpointConfig):
-    """Settings of `hesstrace estimate-trace`."""
+class EstimatorConfig(CheckpointConfig):
+    """How a trace is estimated, and to what error."""
 
     method: str = option(
         "auto", "estimator of the trace", panel="Estimate",
@@ -433,6 +434,12 @@ class EstimateConfig(CheckpointConfig):
     max_seconds: float = option(
         math.inf, "stop after the pass in which this time is over", panel="Estimate", above=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(EstimatorConfig):
+    """Settings of `hesstrace estimate-trace`."""
+
     per_layer: bool = option(False, "the trace of every parameter tensor too", panel="Estimate")
     report: bool = option(
         False,
@@ -445,3 +452,79 @@ class EstimateConfig(CheckpointConfig):
         "checkpoints against the epoch",
         panel="Output",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(EstimatorConfig):
+    """Settings of `hesstrace sensitivity`."""
+
+    bits: list[int] = option(
+        [2, 3, 4, 8], "bit widths to choose from", panel="Quantization", minimum=2, maximum=16
+    )
+    average_bits: float | None = option(
+        None, "bits a quantized weight may take on average", panel="Quantization", above=0
+    )
+    size_mb: float | None = option(
+        None, "megabytes that all parameters may take, scales (16 bits) and those that are not "
+        "quantized (32 bits) included", panel="Quantization", above=0,
+    )  # fmt: skip
+    per: str = option(
+        "channel", "what shares a scale", panel="Quantization", metavar="tensor|channel|group:N"
+    )
+    scale: str = option(
+        "max", "of a group: its largest absolute value on the last level, or least squares",
+        panel="Quantization", choices=("max", "least-squares"),
+    )  # fmt: skip
+    include: list[str] = option(
+        [], "quantize only weights with such a name; may be repeated", panel="Quantization",
+        metavar="GLOB",
+    )  # fmt: skip
+    exclude: list[str] = option(
+        [], "leave out weights with such a name; may be repeated", panel="Quantization",
+        metavar="GLOB",
+    )  # fmt: skip
+    all_weights: bool = option(
+        False, "those that do not train too, as under LoRA", panel="Quantization"
+    )
+    check: bool = option(
+        False, "measure the loss with each weight rounded alone, and with whole allocations, by "
+        "traces and by other rules of the same size", panel="Quantization",
+    )  # fmt: skip
+    csv: str | None = option(None, "write a line a weight to this file", panel="Output")
+    export: str | None = option(
+        None, "write the allocation to FILE.yaml, a name and its bits a line, or to FILE.json, "
+        "which torchao reads", panel="Output",
+    )  # fmt: skip
+    plot: str | None = option(
+        None, "draw to this file (.png, .pdf, .svg): each weight's predicted rise, by bits",
+        panel="Output",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.bits)) < len(self.bits) or not self.bits:
+            raise ConfigError(f"--bits is {self.bits}, expected different whole numbers")
+        if self.average_bits is not None and self.size_mb is not None:
+            raise ConfigError("--average-bits and --size-mb are two budgets; give one of them")
+        if self.export is not None and self.average_bits is None and self.size_mb is None:
+            raise ConfigError("--export writes an allocation; give --average-bits or --size-mb")
+        if self.export is not None and not self.export.endswith((".yaml", ".yml", ".json")):
+            raise ConfigError(
+                f"--export is {shortened(self.export)}, expected a name ending with .yaml or .json"
+            )
+        self.group_size()
+
+    def group_size(self) -> int:
+        """N of `--per group:N`; 0 for a tensor and a channel.
+
+        Raises:
+            ConfigError: If it is neither of these.
+        """
+        if self.per in ("tensor", "channel"):
+            return 0
+        kind, _, number = self.per.partition(":")
+        if kind != "group" or not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise ConfigError(
+                f"--per is {shortened(self.per)}, expected tensor, channel or group:N, as group:128"
+            )
+        return int(number)

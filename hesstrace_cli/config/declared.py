@@ -97,6 +97,19 @@ def _values(node: ast.ClassDef) -> dict[str, Any]:
     return said
 
 
+def task_names() -> tuple[str, ...]:
+    """The tasks of this package."""
+    folder = Path(__file__).parents[1] / "tasks"
+    return tuple(
+        ast.literal_eval(line.value)
+        for file in sorted(folder.glob("[!_]*.py"))
+        for node in _classes(file)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and line.value is not None
+        and isinstance(line.target, ast.Name) and line.target.id == "name"
+    )  # fmt: skip
+
+
 def built_in() -> dict[str, Declared]:
     """The regularizers of this package by name, the trace penalty first."""
     folder = Path(__file__).parents[1] / "regularizers"

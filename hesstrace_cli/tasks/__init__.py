@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,9 +24,16 @@ __all__ = [
     "SoftmaxTask", "Task", "Tokens", "choose_task", "task_of",
 ]  # fmt: skip
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Tokens, Segmentation, Regression, Multilabel)
-}
+
+def _found() -> Iterator[type[Task]]:
+    """The tasks of this folder's files: the classes with a name of their own."""
+    for module in pkgutil.iter_modules(__path__):
+        for kind in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(kind, type) and issubclass(kind, Task) and "name" in vars(kind):
+                yield kind
+
+
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in _found()}
 
 
 def task_of(
