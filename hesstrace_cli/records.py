@@ -1,0 +1,396 @@
+"""The JSON records that commands write: their keys and types. What each says: docs/records.md."""
+
+from typing_extensions import NotRequired, TypedDict
+
+Numbers = dict[str, float | None]
+"""Metrics by name; null where one is infinite or none."""
+
+
+class Selection(TypedDict):
+    """What the task picks by."""
+
+    metric: str
+    higher_is_better: bool
+
+
+class Preprocess(TypedDict):
+    """What is done to inputs."""
+
+    mean: list[float] | None
+    std: list[float] | None
+    scale: float | None
+    channels: int | None
+
+
+class Layer(TypedDict):
+    """The trace of a parameter's diagonal block."""
+
+    name: str
+    num_parameters: int
+    trace: float
+    stderr: float | None
+
+
+class Report(TypedDict):
+    """Losses on both splits, and what generalization bounds combine."""
+
+    train_loss: float | None
+    test_loss: float | None
+    generalization_gap: float | None
+    train_accuracy: float | None
+    test_accuracy: float | None
+    accuracy_gap: float | None
+    train_metrics: Numbers
+    metrics: Numbers
+    input_jacobian: float | None
+    input_jacobian_stderr: float | None
+    trace: float
+
+
+class Trace(TypedDict):
+    """`estimate-trace`, and the `trace` of a run's summary."""
+
+    schema: str
+    trace: float
+    stderr: float | None
+    ci95: list[float] | None
+    curvature: str
+    method: str
+    reason: str
+    num_probes: int
+    passes: int
+    num_examples: int
+    num_population: int
+    subset_stderr: float | None
+    num_parameters: int
+    loss: float
+    accuracy: float | None
+    collapsed: str | None
+    task: str
+    selection: Selection
+    loss_name: str
+    num_terms: int
+    metrics: Numbers
+    per_layer: NotRequired[list[Layer]]
+    report: NotRequired[Report]
+    split: str
+    dtype: str
+    device: str
+    seed: int
+    seconds: float
+    versions: dict[str, str]
+    checkpoint: NotRequired[str]
+    epoch: NotRequired[int | None]
+    model: NotRequired[str]
+    dataset: NotRequired[str]
+    preprocess: NotRequired[Preprocess]
+
+
+class Epoch(TypedDict):
+    """A line of `metrics.jsonl`."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float | None
+    penalty_trace: float | None
+    skipped_steps: NotRequired[int]
+    val_loss: NotRequired[float | None]
+    val_accuracy: NotRequired[float | None]
+    val_metrics: NotRequired[Numbers]
+    trace: NotRequired[float | None]
+    trace_stderr: NotRequired[float | None]
+    seconds: float
+
+
+class Run(TypedDict):
+    """`summary.json` of a run."""
+
+    schema: str
+    regularizers: str
+    dataset: str
+    model: str
+    seed: int
+    epochs: int
+    task: str
+    selection: Selection
+    num_terms: int
+    train_loss: float
+    train_accuracy: float | None
+    collapsed: str | None
+    val_loss: float | None
+    val_accuracy: float | None
+    test_loss: float
+    test_accuracy: float | None
+    calibration_error: float | None
+    metrics: Numbers
+    train_metrics: Numbers
+    val_metrics: Numbers | None
+    trace: Trace
+    input_jacobian: float | None
+    top_eigenvalue: float | None
+    trace_penalty: dict[str, object] | None
+    seconds: float
+    device: str
+    versions: dict[str, str]
+
+
+class Density(TypedDict):
+    """The spectral density."""
+
+    grid: list[float]
+    values: list[float]
+
+
+class Stability(TypedDict):
+    """Linear stability of training with a learning rate."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    threshold: float
+    largest_over_threshold: float
+    num_unstable: int
+    num_unstable_is_lower_bound: bool
+    largest_stable_lr: float | None
+    linearly_stable: bool
+    flow_unstable_directions: int
+    flow_unstable_bounds: list[int]
+    fastest_time_constant: float | None
+    slowest_time_constant: float | None
+    sentence: str
+
+
+class Sharpness(TypedDict):
+    """The rise of the loss at a distance."""
+
+    average: float
+    average_stderr: float | None
+    worst: float
+
+
+class Flatness(TypedDict):
+    """Sharpness by two distances."""
+
+    radius: float
+    num_directions: int
+    plain: Sharpness
+    filter_normalized: Sharpness
+
+
+class Spectrum(TypedDict):
+    """`spectrum`."""
+
+    schema: str
+    eigenvalues: list[float]
+    residuals: list[float]
+    smallest: float
+    smallest_residual: float
+    products: int
+    density: Density
+    trace: float
+    trace_stderr: float | None
+    frobenius_norm: float
+    frobenius_norm_stderr: float | None
+    negative_share: float
+    negative_share_bounds: list[float]
+    effective_dimension: float | None
+    bulk_edge: float
+    largest_over_bulk_edge: float | None
+    stability: Stability | None
+    flatness: Flatness
+    slice: dict[str, object] | None
+    curvature: str
+    num_examples: int
+    num_parameters: int
+    loss: float
+    accuracy: float | None
+    task: str
+    selection: Selection
+    loss_name: str
+    num_terms: int
+    metrics: Numbers
+    split: str
+    dtype: str
+    device: str
+    seed: int
+    seconds: float
+    versions: dict[str, str]
+    checkpoint: str
+    epoch: int | None
+    model: str
+    dataset: str
+    preprocess: Preprocess
+
+
+class Verdict(TypedDict):
+    """A row of `verify`."""
+
+    check: str
+    verdict: str
+    detail: str
+
+
+class Verification(TypedDict):
+    """`verify`."""
+
+    schema: str
+    model: str
+    dataset: str
+    task: str
+    task_note: str | None
+    right: bool
+    rows: list[Verdict]
+    dtype: str
+    device: str
+    seed: int
+    versions: dict[str, str]
+
+
+class Rise(TypedDict):
+    """A predicted rise of the loss."""
+
+    value: float
+    stderr: float | None
+
+
+class Weight(TypedDict):
+    """What rounding a weight costs; what goes by bits has their number, a text, as key."""
+
+    name: str
+    shape: list[int]
+    num_parameters: int
+    trace: float
+    stderr: float | None
+    mean_trace: float
+    mean_trace_stderr: float | None
+    num_scales: int
+    error: dict[str, float]
+    rise: dict[str, Rise]
+    slope: dict[str, float]
+    large: list[int]
+
+
+class Alone(TypedDict):
+    """A weight rounded alone, measured."""
+
+    name: str
+    bits: int
+    rise: float | None
+    predicted: float
+    stderr: float | None
+    slope: float
+    large: bool
+
+
+class ByBits(TypedDict):
+    """How prediction and measurement of the weights go together at a width."""
+
+    bits: int
+    rank_correlation: float | None
+    rank_correlation_with_slope: float | None
+    within_interval: float | None
+    num_large: int
+
+
+class Allocation(TypedDict):
+    """A whole allocation, measured."""
+
+    rule: str
+    allocation: dict[str, int] | None
+    average_bits: float | None
+    size_mb: float | None
+    predicted_rise: Rise | None
+    rise: float | None
+    spread: list[float] | None
+
+
+class Measured(TypedDict):
+    """What `--check` has measured."""
+
+    alone: list[Alone]
+    by_bits: list[ByBits]
+    allocations: list[Allocation]
+
+
+class Sensitivity(TypedDict):
+    """`sensitivity`."""
+
+    schema: str
+    weights: list[Weight]
+    bits: list[int]
+    per: str
+    scale: str
+    curvature: str
+    method: str
+    reason: str
+    loss: float
+    metrics: Numbers
+    task: str
+    loss_name: str
+    split: str
+    num_examples: int
+    num_terms: int
+    num_parameters: int
+    dtype: str
+    device: str
+    seed: int
+    versions: dict[str, str]
+    allocation: dict[str, int] | None
+    average_bits: float | None
+    size_mb: float | None
+    predicted_rise: Rise | None
+    flips: dict[str, list[int]] | None
+    measured: Measured | None
+    seconds: float
+    checkpoint: str
+    epoch: int | None
+    model: str
+    dataset: str
+    preprocess: Preprocess
+
+
+class Spread(TypedDict):
+    """A figure over seeds."""
+
+    mean: float | None
+    std: float | None
+    ci95: list[float] | None
+    stderr: NotRequired[float | None]
+
+
+class Row(TypedDict):
+    """A row of a comparison."""
+
+    regularizer: str
+    dataset: str
+    model: str
+    task: str | None
+    selection: Selection | None
+    num_seeds: int
+    num_diverged: int
+    num_unfinished: int
+    num_collapsed: int
+    test_accuracy: Spread
+    test_loss: Spread
+    train_loss: Spread
+    generalization_gap: Spread
+    calibration_error: Spread
+    trace: Spread
+    input_jacobian: Spread
+    top_eigenvalue: Spread
+    metrics: dict[str, Spread]
+    difference_to_none: dict[str, object] | None
+    step_cost: float | None
+    wins: list[str]
+    runs: list[str]
+
+
+class Comparison(TypedDict):
+    """`results.json` of a comparison."""
+
+    schema: str
+    num_runs: int
+    num_unfinished: int
+    rows: list[Row]
