@@ -8,12 +8,13 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, nn
 
 import hesstrace_cli
+from hesstrace_cli import records
 from hesstrace_cli.analysis.evaluation import collapse_of, evaluate, generalization_report
 from hesstrace_cli.analysis.loading import describe, load_checkpoint, select_device
 from hesstrace_cli.analysis.method_choice import DEFAULT_PROBES, choose_method
@@ -230,7 +231,7 @@ def trace_record(
     *,
     population: int | None = None,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
+) -> records.Trace:
     """Estimate the trace and describe it: the JSON of the contract but for the checkpoint.
 
     Args:
@@ -287,7 +288,7 @@ def trace_record(
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    return record
+    return cast(records.Trace, record)
 
 
 def _mean_record(mean: Mean) -> dict[str, float | None]:
@@ -307,7 +308,7 @@ def estimate_checkpoint(
     config: EstimateConfig,
     on_pass: OnPass | None = None,
     on_loaded: Callable[[DataSet], None] = lambda _: None,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[records.Trace, list[str]]:
     """The trace record of one checkpoint, and warnings; `on_loaded` gets its data at once.
 
     Raises:
@@ -323,4 +324,4 @@ def estimate_checkpoint(
         model, data = loaded.model, loaded.data
         batch_size, trace = config.batch_size, record["trace"]
         record["report"] = generalization_report(model, data, loaded.split, batch_size, trace)
-    return {**record, **describe(path, loaded)}, loaded.warnings
+    return cast(records.Trace, {**record, **describe(path, loaded)}), loaded.warnings

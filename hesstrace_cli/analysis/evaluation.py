@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from hesstrace_cli import records
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs, outputs_of
 from hesstrace_cli.curvature.data_loss import check_counts
 from hesstrace_cli.curvature.probes import rademacher
@@ -164,7 +164,7 @@ def _squared_norms(model: nn.Module, X: Tensor, generator: Generator) -> Tensor:
 
 def generalization_report(
     model: nn.Module, data: DataSet, split: Split, batch_size: int, trace: float
-) -> dict[str, Any]:
+) -> records.Report:
     """Losses and metrics on both splits, their gaps, the input Jacobian and the trace.
 
     Args:

@@ -32,6 +32,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.allocation import Table, allocate, flips
 from hesstrace_cli.analysis.estimation import data_loss, estimate, versions
 from hesstrace_cli.analysis.evaluation import evaluate
@@ -100,7 +101,7 @@ def sensitivity_of_checkpoint(
     config: SensitivityConfig,
     on_loaded: Callable[[DataSet], None] = lambda _: None,
     say: Say = lambda _: None,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[records.Sensitivity, list[str]]:
     """The sensitivity record of one checkpoint, and warnings.
 
     H or G is that of the task's mean loss over the chosen examples, in eval mode.
@@ -124,7 +125,7 @@ def sensitivity_of_checkpoint(
     model, split = loaded.model, loaded.split
     record = sensitivity(model, split, config, say)
     record |= {"seconds": time.monotonic() - begin, **describe(path, loaded)}
-    return record, [*loaded.warnings, *_left_out(model)]
+    return cast(records.Sensitivity, record), [*loaded.warnings, *_left_out(model)]
 
 
 def _left_out(model: nn.Module) -> list[str]:
@@ -253,7 +254,7 @@ def _rise(moved: Tensor, trace: Mean, grad: Tensor, rows: float) -> Mean:
     return Mean(each * trace.value / 2, deviation)
 
 
-def _record_of(weight: _Weight) -> dict[str, Any]:
+def _record_of(weight: _Weight) -> records.Weight:
     trace, size = weight.trace, weight.size
     return {
         "name": weight.name,
@@ -397,9 +398,9 @@ class _Check:
     loss: float
     say: Say
 
-    def measured(self, budget: _Budget | None) -> dict[str, Any]:
+    def measured(self, budget: _Budget | None) -> records.Measured:
         """The rise with each weight alone, and with whole allocations by several rules."""
-        alone: list[dict[str, Any]] = []
+        alone: list[records.Alone] = []
         for weight in self.weights:
             self.say(f"measuring {weight.name}")
             for b in sorted(self.config.bits):
@@ -416,24 +417,27 @@ class _Check:
         }
 
     @staticmethod
-    def _by_bits(alone: Sequence[Mapping[str, Any]], bits: int) -> dict[str, Any]:
+    def _by_bits(alone: Sequence[records.Alone], bits: int) -> records.ByBits:
         """How prediction and measurement go together over the weights."""
         own = [row for row in alone if row["bits"] == bits]
-        finite = [r for r in own if r["rise"] is not None]
-        known = [r for r in finite if r["stderr"] is not None]
-        inside = [abs(r["rise"] - r["predicted"]) <= 1.96 * r["stderr"] for r in known]
-        measured = [r["rise"] for r in finite]
+        pairs = [(r, rise) for r in own if (rise := r["rise"]) is not None]
+        measured = [rise for _, rise in pairs]
+        inside = [
+            abs(rise - r["predicted"]) <= 1.96 * error
+            for r, rise in pairs
+            if (error := r["stderr"]) is not None
+        ]
         return {
             "bits": bits,
-            "rank_correlation": _correlation([r["predicted"] for r in finite], measured),
+            "rank_correlation": _correlation([r["predicted"] for r, _ in pairs], measured),
             "rank_correlation_with_slope": _correlation(
-                [r["predicted"] + r["slope"] for r in finite], measured
+                [r["predicted"] + r["slope"] for r, _ in pairs], measured
             ),
             "within_interval": sum(inside) / len(inside) if inside else None,
             "num_large": sum(r["large"] for r in own),
         }
 
-    def _allocations(self, budget: _Budget) -> Iterator[dict[str, Any]]:
+    def _allocations(self, budget: _Budget) -> Iterator[records.Allocation]:
         """By traces, and of the same size by other rules."""
         uniform = budget.uniform()
         rules: list[tuple[str, dict[str, int] | None]] = [
@@ -450,7 +454,10 @@ class _Check:
             if allocation is not None:
                 self.say(f"measuring the allocation by {rule}")
                 described = budget.described(allocation)
-                yield {"rule": rule, **described, "rise": self._rise(allocation), "spread": None}
+                yield cast(
+                    records.Allocation,
+                    {"rule": rule, **described, "rise": self._rise(allocation), "spread": None},
+                )
         generator = stream_generator(self.config.seed, torch.device("cpu"), "quantization", 1)
         rises = [self._rise(budget.by_chance(generator)) for _ in range(_RANDOM)]
         known = [rise for rise in rises if rise is not None]

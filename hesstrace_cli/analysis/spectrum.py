@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import data_loss, versions
 from hesstrace_cli.analysis.evaluation import evaluate, finite
 from hesstrace_cli.analysis.loading import Loaded, describe, load_checkpoint
@@ -44,7 +45,7 @@ _BULK = 0.99  # share of the eigenvalues that count as the bulk
 @full_precision()
 def spectrum_of_checkpoint(
     path: str, config: SpectrumConfig, on_loaded: Callable[[DataSet], None] = lambda _: None
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[records.Spectrum, list[str]]:
     """The spectrum record of one checkpoint, and warnings; `on_loaded` gets its data at once.
 
     H or G is that of the task's mean loss over the chosen examples, all trainable parameters,
@@ -96,7 +97,7 @@ def spectrum_of_checkpoint(
         "versions": versions(),
     }
     warnings = [*loaded.warnings, *doubts, *_doubts(extremes, config)]
-    return {**record, **describe(path, loaded)}, warnings
+    return cast(records.Spectrum, {**record, **describe(path, loaded)}), warnings
 
 
 def _check_derivatives(data: DataLoss, config: SpectrumConfig) -> list[str]:

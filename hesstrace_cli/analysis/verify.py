@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.autodiff.calls import draws_random_numbers, native_outputs, trainable
@@ -42,7 +42,7 @@ _MORE = 4  # times the examples where differences do not settle
 _PRECISION = ": checked in float64"
 
 
-def verify(config: VerifyConfig) -> dict[str, Any]:
+def verify(config: VerifyConfig) -> records.Verification:
     """Check the derivatives of a model against finite differences of itself.
 
     In float64, or in the model's own precision where it cannot run in that.
@@ -75,7 +75,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "task": data.task.name,
         "task_note": data.task_note,
         "right": all(row.verdict in GOOD for row in rows),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [row.as_record() for row in rows],
         "dtype": "float32" if any(row.check.endswith(_PRECISION) for row in rows) else "float64",
         "device": str(device),
         "seed": config.seed,

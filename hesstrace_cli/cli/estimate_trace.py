@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def estimate_trace(
         check_places(settings.json, settings.plot, [*checkpoints, config])
     passes, begun = _Passes(), once_loaded()
 
-    def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
+    def record_of(path: str, tell: Tell) -> tuple[Mapping[str, Any], list[str]]:
         from hesstrace_cli.analysis.estimation import estimate_checkpoint
 
         passes.begin(path, tell)
@@ -51,7 +52,7 @@ def estimate_trace(
         raise typer.Exit(code)
 
 
-def _report(records: list[dict[str, Any]], settings: EstimateConfig, *, several: bool) -> None:
+def _report(records: list[Mapping[str, Any]], settings: EstimateConfig, *, several: bool) -> None:
     content = {"schema": "hesstrace/traces/1", "traces": records} if several else records[0]
     if not write_json(content, settings.json):
         _show(records, settings)
@@ -83,7 +84,7 @@ class _Passes:
         return self._known or None
 
 
-def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
+def _show(records: list[Mapping[str, Any]], settings: EstimateConfig) -> None:
     first = records[0]
     screen.show(tables.trace_table(records))
     if settings.per_layer:
@@ -122,7 +123,7 @@ def _show(records: list[dict[str, Any]], settings: EstimateConfig) -> None:
     )
 
 
-def _examples(record: dict[str, Any]) -> str:
+def _examples(record: Mapping[str, Any]) -> str:
     """How many examples, and how many terms count of them where it is not one of each."""
     examples, terms = record["num_examples"], record["num_terms"]
     text = f"{examples} examples"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +59,9 @@ Tell = Callable[[str], None]
 
 def records_of(
     paths: Sequence[str],
-    record_of: Callable[[str, Tell], tuple[dict[str, Any], list[str]]],
+    record_of: Callable[[str, Tell], tuple[Mapping[str, Any], list[str]]],
     so_far: Callable[[], str | None] = lambda: None,
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[Mapping[str, Any]], int]:
     """The record of every checkpoint; of several, one that fails does not hide the others.
 
     Args:
@@ -72,7 +72,7 @@ def records_of(
     Returns:
         The records, and the exit code of the first failure, or 0; the signal's where one came.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Mapping[str, Any]] = []
     code = 0
     for number, path in enumerate(paths, start=1):
         place = f"{path} ({number} of {len(paths)})" if len(paths) > 1 else path
@@ -123,7 +123,7 @@ def _of(place: str, now: Tell) -> Tell:
     return tell
 
 
-def write_json(content: dict[str, Any], place: str | None) -> bool:
+def write_json(content: Mapping[str, Any], place: str | None) -> bool:
     """Write it, and say whether it took stdout, so that no table may follow."""
     text = json.dumps(content, indent=2, allow_nan=False)
     if place == "-":

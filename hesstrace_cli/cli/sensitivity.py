@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ def sensitivity(
         check_places(settings.json, settings.plot, read, csv=settings.csv, export=settings.export)
     begun = once_loaded()
 
-    def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
+    def record_of(path: str, tell: Tell) -> tuple[Mapping[str, Any], list[str]]:
         from hesstrace_cli.analysis.sensitivity import sensitivity_of_checkpoint
 
         return sensitivity_of_checkpoint(path, settings, lambda data: begun(data, tell), tell)
@@ -55,7 +56,9 @@ def sensitivity(
         raise typer.Exit(code)
 
 
-def _report(records: list[dict[str, Any]], settings: SensitivityConfig, *, several: bool) -> None:
+def _report(
+    records: list[Mapping[str, Any]], settings: SensitivityConfig, *, several: bool
+) -> None:
     content = {"schema": "hesstrace/sensitivities/1", "sensitivities": records}
     if not write_json(content if several else records[0], settings.json):
         for record in records:
@@ -68,7 +71,7 @@ def _report(records: list[dict[str, Any]], settings: SensitivityConfig, *, sever
         plots.save(bits.plot_rises(records), settings.plot)
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: Mapping[str, Any]) -> None:
     screen.show(bits.weights_table(record))
     for sentence in bits.remarks(record):
         screen.say(sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ def spectrum(
         check_places(settings.json, settings.plot, [*checkpoints, config])
     begun = once_loaded()
 
-    def record_of(path: str, tell: Tell) -> tuple[dict[str, Any], list[str]]:
+    def record_of(path: str, tell: Tell) -> tuple[Mapping[str, Any], list[str]]:
         from hesstrace_cli.analysis.spectrum import spectrum_of_checkpoint
 
         return spectrum_of_checkpoint(path, settings, lambda data: begun(data, tell))
@@ -50,7 +51,7 @@ def spectrum(
         raise typer.Exit(code)
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: Mapping[str, Any]) -> None:
     screen.show(tables.spectrum_table(record))
     if record["stability"] is None:
         screen.say("no learning rate of SGD to judge: give --lr and --momentum")

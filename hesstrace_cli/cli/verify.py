@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -38,7 +37,7 @@ def verify(*, flags: dict[str, Any], config: str | None) -> None:
 
         record = run(settings)
         if record["right"]:
-            record["rows"] += map(dataclasses.asdict, penalty_costs(settings))
+            record["rows"] += [row.as_record() for row in penalty_costs(settings)]
     if record["task_note"] is not None:
         screen.say(record["task_note"])
     if not write_json(record, settings.json):

@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scipy.special import stdtr
 
+from hesstrace_cli import records
 from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers, regularizers_name, resolve
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
@@ -224,7 +225,7 @@ def tabulate(
     diverged: Sequence[Summary] = (),
     step_cost: Mapping[str, float] | None = None,
     unfinished: Sequence[Summary] = (),
-) -> dict[str, Any]:
+) -> records.Comparison:
     """The comparison of finished runs, a row a data set, model and regularizer.
 
     Args:
@@ -239,9 +240,9 @@ def tabulate(
     pending = [{**run, "unfinished": True} for run in unfinished]
     for summary in [*summaries, *diverged, *pending]:
         groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
-    rows: list[dict[str, Any]] = []
+    rows: list[records.Row] = []
     for (dataset, model), members in groups.items():
-        rows += _group(dataset, model, members, step_cost or {})
+        rows += cast(list[records.Row], _group(dataset, model, members, step_cost or {}))
     num_runs = len(summaries) + len(diverged) + len(pending)
     return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending), "rows": rows}
 

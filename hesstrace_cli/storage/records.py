@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hesstrace_cli import records
 from hesstrace_cli.config import LARGEST, TASK_NAMES, shortened
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.paths import is_file, is_there
@@ -104,7 +105,7 @@ _EPOCH = _record(
 )
 
 
-def read_summary(file: Path) -> dict[str, Any] | None:
+def read_summary(file: Path) -> records.Run | None:
     """The summary of a finished run; None where there is none, or one of another schema.
 
     Raises:
@@ -203,7 +204,7 @@ def read_costs(file: Path) -> dict[str, float]:
     return _checked(_read(file), _mapping_of(_POSITIVE), file, "remove it")
 
 
-def read_epochs(file: Path) -> list[dict[str, Any]]:
+def read_epochs(file: Path) -> list[records.Epoch]:
     """The metrics of the epochs that are done; a last line that is not whole is left out.
 
     Raises:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hesstrace_cli import records
 from hesstrace_cli.config import (
     TrainConfig,
     parse_regularizers,
@@ -83,7 +84,7 @@ class RunFolder:
         """One line of JSON an epoch."""
         return self.path / "metrics.jsonl"
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> records.Run | None:
         """The summary of a finished run; None of an unfinished one."""
         return read_summary(self.path / "summary.json")
 

@@ -329,8 +329,10 @@ class Trainer:
         split = self.data.train
         split = split.subset(stratified_order(split.targets, 0)[:_MONITORED_EXAMPLES])
         config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
-        record = trace_record(self.model, split, config) if self.ranks.is_first else {}
-        return {"trace": record.get("trace"), "trace_stderr": record.get("stderr")}
+        if not self.ranks.is_first:
+            return {"trace": None, "trace_stderr": None}
+        record = trace_record(self.model, split, config)
+        return {"trace": record["trace"], "trace_stderr": record["stderr"]}
 
     def state(self) -> dict[str, Any]:
         """All that training goes on from, and what the data was, as a checkpoint holds them."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from hesstrace_cli import records
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.randomness import random_state_kept, seed_defaults
@@ -45,6 +46,10 @@ class Row:
     check: str
     verdict: str
     detail: str
+
+    def as_record(self) -> records.Verdict:
+        """As JSON has it."""
+        return {"check": self.check, "verdict": self.verdict, "detail": self.detail}
 
 
 @contextmanager
