@@ -102,6 +102,19 @@ def differentiable_outputs(model: nn.Module, params: Params, X: Tensor) -> Tenso
         return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
 
 
+def recorded_outputs(model: nn.Module, params: Params, X: Tensor) -> Tensor:
+    """The outputs with a graph for second derivatives in reverse mode, buffers left as they are.
+
+    Args:
+        model: In the mode that is meant.
+        params: The model's own.
+        X: A batch.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with differentiable_ops(order=2, by_example=True):
+        return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
+
+
 class _Reading(TorchFunctionMode):
     """Gives the values asked for to whoever reads a parameter by another name than its own.
 

@@ -45,6 +45,9 @@ def affine_per_channel(X: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     return X
 
 
+_ONE_VALUE = "Expected more than 1 value per channel when training, got input size {}"
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -60,15 +63,135 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         dims = [0, *range(2, input.dim())]
         if input.numel() == input.shape[1]:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, "
-                f"got input size {tuple(input.shape)}"
-            )
+            raise ValueError(_ONE_VALUE.format(tuple(input.shape)))
         normalized = _normalize(input, dims, eps)
     else:
         scale = torch.rsqrt(running_var + eps)
         normalized = (input - per_channel(running_mean, input)) * per_channel(scale, input)
     return affine_per_channel(normalized, weight, bias)
+
+
+class _HeldBatchNorm(torch.autograd.Function):
+    """Batch norm in training mode, its statistics constant where `held_statistics` says so.
+
+    Elsewhere it has the derivatives of the kernel itself. What is made while they are held knows
+    how mean and 1/std depend on the input, and is differentiated through them afterwards.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, X: Tensor, weight: Tensor | None, bias: Tensor | None,
+        running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        Y, mean, rstd = torch.native_batch_norm(
+            X, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        ctx.save_for_backward(X, weight, mean, rstd)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return Y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> Any:
+        X, weight, mean, rstd = ctx.saved_tensors
+        g, of_mean, of_rstd = slopes
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if _Held.now:
+            assert g is not None
+            scale = rstd if weight is None else rstd * weight
+            grads = g * per_channel(scale, X), None, None
+            if _Held.with_weights:
+                dims = [0, *range(2, X.dim())]
+                normalized = (X - per_channel(mean, X)) * per_channel(rstd, X)
+                grads = grads[0], (g * normalized).sum(dims), g.sum(dims)
+        elif g is not None:
+            grads = torch.ops.aten.native_batch_norm_backward(
+                g, X, weight, None, None, mean.detach(), rstd.detach(), True, ctx.eps,
+                [ctx.needs_input_grad[0], weight is not None, ctx.needs_input_grad[2]],
+            )  # fmt: skip
+        through = _through_statistics(X, mean, rstd, of_mean, of_rstd)
+        of_X = grads[0] if through is None else through if grads[0] is None else grads[0] + through
+        of_weight = None if weight is None else grads[1]
+        of_bias = grads[2] if ctx.needs_input_grad[2] else None
+        return of_X, of_weight, of_bias, None, None, None, None
+
+
+HELD_BATCH_NORM = _HeldBatchNorm.__name__
+"""The name of its nodes in a graph, whose first input is x, and outputs are y, mean and 1/std."""
+
+
+def _through_statistics(
+    X: Tensor, mean: Tensor, rstd: Tensor, of_mean: Tensor | None, of_rstd: Tensor | None
+) -> Tensor | None:
+    """The gradient in X of what depends on its channels' mean and 1/std."""
+    n = X.numel() // X.shape[1]
+    total = None
+    if of_mean is not None:
+        total = per_channel(of_mean / n, X).expand_as(X)
+    if of_rstd is not None:
+        slope = per_channel(of_rstd * rstd**3 / -n, X)
+        by_rstd = (X - per_channel(mean, X)) * slope
+        total = by_rstd if total is None else total + by_rstd
+    return total
+
+
+class _Held:
+    """Of the whole process, as backward passes run in threads of their own."""
+
+    now = False
+    with_weights = False
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, statistic: Tensor) -> Tensor:
+        return statistic.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *slopes: Tensor) -> Tensor | None:
+        return None if _Held.now else slopes[0]
+
+
+def held(statistic: Tensor) -> Tensor:
+    """A batch's statistic, constant in the backward passes inside `held_statistics`."""
+    kept: Tensor = _Hold.apply(statistic)
+    return kept
+
+
+@contextmanager
+def held_statistics(*, with_weights: bool = False) -> Iterator[None]:
+    """Hold the batch's statistics constant in the backward passes inside.
+
+    Args:
+        with_weights: Whether a batch norm's own weight and bias get gradients there.
+    """
+    before = _Held.now, _Held.with_weights
+    _Held.now, _Held.with_weights = True, with_weights
+    try:
+        yield
+    finally:
+        _Held.now, _Held.with_weights = before
+
+
+def _held_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if input.numel() == input.shape[1]:
+        raise ValueError(_ONE_VALUE.format(tuple(input.shape)))
+    output: Tensor = _HeldBatchNorm.apply(
+        input, weight, bias, running_mean, running_var, momentum, eps
+    )[0]
+    return output
 
 
 def instance_norm(
@@ -273,11 +396,23 @@ def _in_full_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _by_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.batch_norm` and `torch.instance_norm` take the weights before the statistics."""
+
+    def call(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, *rest: Any, **named: Any,
+    ) -> Tensor:  # fmt: skip
+        return norm(input, running_mean, running_var, weight, bias, *rest, **named)
+
+    return call
+
+
 _NORMS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
-    torch.batch_norm: batch_norm,
+    torch.batch_norm: _by_torchs_order(batch_norm),
     F.instance_norm: instance_norm,
-    torch.instance_norm: instance_norm,
+    torch.instance_norm: _by_torchs_order(instance_norm),
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.group_norm: group_norm,
@@ -306,6 +441,12 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     **{operation: _in_full_precision(operation) for operation in _NORMS},
 }
 
+_BY_EXAMPLE: dict[Any, Callable[..., Any]] = {
+    **_SECOND_ORDER,
+    F.batch_norm: _in_full_precision(_held_batch_norm),
+    torch.batch_norm: _in_full_precision(_by_torchs_order(_held_batch_norm)),
+}
+
 _ANY_ORDER: dict[Any, Callable[..., Any]] = {
     **_SECOND_ORDER,
     **{operation: _with_fixed_padding(operation) for operation in _EMBEDDINGS},
@@ -332,18 +473,22 @@ class _ReplaceOperations(TorchFunctionMode):
 
 
 @contextmanager
-def differentiable_ops(*, order: int = 3) -> Iterator[None]:
+def differentiable_ops(*, order: int = 3, by_example: bool = False) -> Iterator[None]:
     """Run what is inside with operations whose derivatives up to `order` are right.
 
     Args:
         order: 1 keeps all of the model's own operations but cuDNN's recurrent layers; 2 keeps
             the fast norm kernels, whose second derivative in reverse mode is right; 3 replaces
             them too, and is needed for any forward mode.
+        by_example: Whether batch norm's statistics can be held, see `held_statistics`; of
+            order 2 alone.
     """
     if order <= 1:
         with plain_checkpoints(), _ReplaceOperations(_FIRST_ORDER):
             yield
         return
-    replacements = _SECOND_ORDER if order <= 2 else _ANY_ORDER
+    replacements = _ANY_ORDER
+    if order <= 2:
+        replacements = _BY_EXAMPLE if by_example else _SECOND_ORDER
     with plain_checkpoints(), sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
         yield

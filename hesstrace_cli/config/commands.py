@@ -190,6 +190,17 @@ class TrainConfig(DataConfig):
         panel="Trace penalty",
         choices=("auto", "hessian", "ggn"),
     )
+    form: str = option(
+        "auto",
+        "of the penalty on tr(G): squared norms of every example's gradient (far less noise), or "
+        "of the batch's",
+        panel="Trace penalty",
+        choices=("auto", "example", "batch"),
+    )
+    penalty_examples: float = option(
+        1.0, "share of the batch, drawn anew each step, that the penalty is taken of",
+        panel="Trace penalty", above=0, maximum=1,
+    )  # fmt: skip
     out: str | None = option(
         None, "run folder (default: runs/<data>-<model>-<regularizers>-seed<seed>)", panel="Output"
     )

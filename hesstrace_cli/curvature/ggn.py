@@ -44,7 +44,7 @@ def trace_sample(
     return traces_of(root_gradient(outputs, params, cotangent, keep), keep, num_terms)
 
 
-def traces_of(grads: Params, keep: Params, num_terms: int) -> dict[str, Tensor]:
+def traces_of(grads: Params, keep: Params, num_terms: float) -> dict[str, Tensor]:
     """|| s g ||^2 / M for each kept tensor, from `root_gradient` of a whole batch."""
     return {name: (keep[name] * g).square().sum() / num_terms for name, g in grads.items()}
 

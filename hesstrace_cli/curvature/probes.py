@@ -8,6 +8,7 @@ square root of its inclusion probability, so that v^T H v estimates tr(H) at eve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -121,3 +122,47 @@ def draw_probe(
         name: factor * rademacher(params[name], generator=generator)
         for name, factor in keep.items()
     }
+
+
+def draw_signs(
+    outputs: Tensor, generator: Generator, rows: Tensor | None = None, num_examples: int = 0
+) -> Tensor:
+    """Independent signs for the outputs of some examples: those that they have in their batch.
+
+    Args:
+        outputs: Of the examples.
+        generator: Source of all randomness; the same for all parts of a batch.
+        rows: The examples' positions in their batch; None where they are the batch.
+        num_examples: Of the batch, where they are a part of it.
+    """
+    if rows is None:
+        return rademacher(outputs, generator=generator)
+    like = outputs.new_empty((num_examples, *outputs.shape[1:]))
+    return rademacher(like, generator=generator)[rows.to(like.device, non_blocking=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What is drawn for a penalty in a step.
+
+    Attributes:
+        scheme: Which parts of the parameters are left out, see `draw_keep`.
+        keep_prob: The probability that a part is kept, in (0, 1].
+        num_probes: Samples a step.
+    """
+
+    scheme: Scheme = "none"
+    keep_prob: float = 1.0
+    num_probes: int = 1
+
+    def keep(self, params: Params, generator: Generator) -> dict[str, Tensor]:
+        """The factors of `draw_keep`."""
+        return draw_keep(
+            params, scheme=self.scheme, keep_prob=self.keep_prob, generator=generator
+        )  # fmt: skip
+
+    def probe(self, params: Params, generator: Generator) -> dict[str, Tensor]:
+        """The probe of `draw_probe`."""
+        return draw_probe(
+            params, scheme=self.scheme, keep_prob=self.keep_prob, generator=generator
+        )  # fmt: skip

@@ -9,7 +9,6 @@ For tr(G) the outputs of an ordinary forward pass are enough, their graph record
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,36 +23,9 @@ from hesstrace_cli.curvature.ggn import (
 )
 from hesstrace_cli.curvature.hessian import Mode, loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import Scheme, draw_keep, draw_probe, rademacher
+from hesstrace_cli.curvature.probes import Draws, draw_signs, rademacher
 from hesstrace_cli.failures import FAILURES, is_of_the_machine
 from hesstrace_cli.tasks import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """What is drawn for a penalty in a step.
-
-    Attributes:
-        scheme: Which parts of the parameters are left out, see `draw_keep`.
-        keep_prob: The probability that a part is kept, in (0, 1].
-        num_probes: Samples a step.
-    """
-
-    scheme: Scheme = "none"
-    keep_prob: float = 1.0
-    num_probes: int = 1
-
-    def keep(self, params: Params, generator: Generator) -> dict[str, Tensor]:
-        """The factors of `draw_keep`."""
-        return draw_keep(
-            params, scheme=self.scheme, keep_prob=self.keep_prob, generator=generator
-        )  # fmt: skip
-
-    def probe(self, params: Params, generator: Generator) -> dict[str, Tensor]:
-        """The probe of `draw_probe`."""
-        return draw_probe(
-            params, scheme=self.scheme, keep_prob=self.keep_prob, generator=generator
-        )  # fmt: skip
 
 
 def root_gradients(
@@ -74,24 +46,19 @@ def root_gradients(
     """
     for _ in range(draws.num_probes):
         keep = draws.keep(params, generator)
-        if rows is None:
-            signs = rademacher(outputs, generator=generator)
-        else:
-            like = outputs.new_empty((num_examples, *outputs.shape[1:]))
-            signs = rademacher(like, generator=generator)
-            signs = signs[rows.to(signs.device, non_blocking=True)]
+        signs = draw_signs(outputs, generator, rows, num_examples)
         yield keep, root_gradient(outputs, params, task.root(outputs, targets, signs), keep)
 
 
 def batch_samples(
     outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
-    draws: Draws, generator: Generator,
+    draws: Draws, generator: Generator, num_terms: float | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Samples of tr(G) of a whole batch, || s sum_m J_m^T B_m e_m ||^2 / M, one a probe.
 
-    The arguments are those of `root_gradients`.
+    The arguments are those of `root_gradients`, and M, if not that of the targets.
     """
-    num_terms = task.num_terms(targets)
+    num_terms = task.num_terms(targets) if num_terms is None else num_terms
     return [
         torch.stack(list(traces_of(g, keep, num_terms).values())).sum()
         for keep, g in root_gradients(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hesstrace_cli.autodiff.differentiable import affine_per_channel, per_channel
+from hesstrace_cli.autodiff.differentiable import affine_per_channel, held, per_channel
 from hesstrace_cli.distributed.parallel import Ranks, meeting
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
@@ -20,7 +20,8 @@ class _Sum(torch.autograd.Function):
     """The sum over the processes; its derivative is the same sum, so it has every order."""
 
     @staticmethod
-    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # none where statistics are held: nothing to meet for
         total = tensor.clone(memory_format=torch.contiguous_format)
         with meeting():
             dist.all_reduce(total)
@@ -28,7 +29,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *grads: Any) -> Any:
-        return _Sum.apply(grads[0])
+        return None if grads[0] is None else _Sum.apply(grads[0])
 
 
 class SyncedNorms(TorchFunctionMode):
@@ -49,6 +50,10 @@ class SyncedNorms(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _BATCH_NORMS:
             return func(*args, **kwargs)
+        if func is torch.batch_norm:  # it takes the weights before the statistics
+            input, weight, bias, mean, variance, *rest = args
+            args = (input, mean, variance, weight, bias, *rest)
+            func = F.batch_norm
         return self._batch_norm(func, *args, **kwargs)
 
     def _batch_norm(
@@ -73,14 +78,14 @@ class SyncedNorms(TorchFunctionMode):
         ones = X.new_full((1,), self.weight * X.numel() / X.shape[1])
         sums = _Sum.apply(torch.cat([self.weight * X.sum(dims), ones]))
         count = sums[-1]
-        mean = per_channel(sums[:-1] / count, X)
+        mean = held(per_channel(sums[:-1] / count, X))
         centered = X - mean
         variance = _Sum.apply(self.weight * (centered * centered).sum(dims)) / count
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.flatten(), momentum)
                 running_var.lerp_(variance * count / (count - 1), momentum)
-        normalized = centered * per_channel(torch.rsqrt(variance + eps), X)
+        normalized = centered * held(per_channel(torch.rsqrt(variance + eps), X))
         return affine_per_channel(normalized, weight, bias).to(input.dtype)
 
 

@@ -158,12 +158,15 @@ class Regularizer:
         name: As the user gave it.
         order: The highest derivative taken through the ordinary forward pass; 2 and more
             make it run inside `differentiable_ops(order=...)`.
+        by_example: Whether it needs the ordinary forward pass inside
+            `differentiable_ops(by_example=True)`, if of order 2.
         in_parts: Whether a batch may come in parts, over several processes or rounds.
         logged_as: The name of its terms' mean value in the record of an epoch; None for none.
     """
 
     name: str = ""
     order: int = 1
+    by_example: bool = False
     in_parts: bool = True
     logged_as: ClassVar[str | None] = None
 
@@ -203,12 +206,19 @@ class Regularizer:
 
 
 class Coupled(Regularizer):
-    """A regularizer whose term is no mean, and needs sums over all parts of the batch first."""
+    """A regularizer whose term is no mean, and needs sums over all parts of the batch first.
+
+    What it gathers holds only in the steps for which `gathers` says so.
+    """
+
+    def gathers(self, index: int, progress: float) -> bool:
+        """Whether its term needs such sums in this step; the same in every process."""
+        return True
 
     def gather(self, step: Step) -> list[Tensor]:
         """What must be summed over all parts of the batch before `term`."""
         raise NotImplementedError
 
     def gathered(self, step: Step) -> list[Tensor] | None:
-        """These sums; None where the batch has one part."""
-        return None if step.gathered is None else step.gathered[self.name]
+        """These sums; None where the batch has one part, or none are needed."""
+        return None if step.gathered is None else step.gathered.get(self.name)

@@ -17,26 +17,41 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from hesstrace_cli.autodiff.calls import uses_batch_statistics
+from hesstrace_cli.autodiff.calls import recorded_outputs, uses_batch_statistics
 from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
 from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
+from hesstrace_cli.curvature.hessian import Mode
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import Scheme
+from hesstrace_cli.curvature.per_example.by_example import ByExample
+from hesstrace_cli.curvature.probes import Draws, Scheme
 from hesstrace_cli.curvature.trace_penalty import (
     CompiledSamples,
-    Draws,
     batch_samples,
     hessian_samples,
     root_gradients,
     samples_of_parts,
 )
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.regularizers.base import Coupled, Setting, Step, Term
+
+
+@dataclass(frozen=True)
+class FormChoice:
+    """Whether tr(G) is taken by example, and by which rule.
+
+    Attributes:
+        form: "example" or "batch".
+        form_reason: One clause for the summary.
+    """
+
+    form: str
+    form_reason: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class TraceRegularizer(Coupled):
 
     settings = (
         "estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup", "curvature",
+        "form", "penalty_examples",
     )  # fmt: skip
     logged_as = "penalty_trace"
 
@@ -93,14 +109,40 @@ class TraceRegularizer(Coupled):
         )  # fmt: skip
         self.engine = Engine("taylor", "not checked")
         self._take(CurvatureChoice(config.curvature, "as asked for"))
+        self._examples = ByExample()
         self._graph_checked = False
         self._compiled: CompiledSamples | None = None
 
     def _take(self, choice: CurvatureChoice) -> None:
-        self.choice = choice
-        # Compiled, the penalty takes a forward pass of its own.
-        self.order = 2 if self.of_g and not self.config.compile else 1
-        self.in_parts = self.order == 2 or not self.of_g
+        config = self.config
+        self.choice, self.form = choice, FormChoice("batch", "as asked for")
+        if config.form == "example":
+            if not self.of_g and choice.curvature != "auto":
+                raise ConfigError(
+                    f"--form example is of tr(G), and --curvature is {choice.curvature}; leave "
+                    "one of them out"
+                )
+            if config.compile:
+                raise ConfigError(
+                    "--form example reads the graph of the forward pass, which --compile has "
+                    "none of; leave one of them out"
+                )
+            self.form = FormChoice("example", "as asked for")
+        elif config.form == "auto":
+            self.form = FormChoice("batch", "auto")
+        # Compiled, or of fewer examples, the penalty takes a forward pass of its own.
+        self.order = 2 if self.of_g and not config.compile and not self.is_of_some else 1
+        self.in_parts = not config.compile or not self.of_g
+
+    @property
+    def is_of_some(self) -> bool:
+        """Whether the penalty is of a random part of the batch."""
+        return self.config.penalty_examples < 1
+
+    @property
+    def by_example(self) -> bool:  # type: ignore[override]
+        """Whether tr(G) is taken by example."""
+        return self.of_g and self.form.form == "example"
 
     @property
     def of_g(self) -> bool:
@@ -127,13 +169,25 @@ class TraceRegularizer(Coupled):
             first=setting.num_tried,
         )  # fmt: skip
         self.engine = setting.ranks.from_first(engine)
+        if self.by_example:
+            self._examine(setting)
+
+    def _examine(self, setting: Setting) -> None:
+        """Find out which parameters go by example; where none does, the batch's norm is taken."""
+        objective, X = setting.objective, setting.X[: setting.num_tried]
+        with random_state_kept():
+            outputs = recorded_outputs(objective.model, objective.params, X)
+        self._examples.examine(outputs, objective.params, objective.task)
+        form = "batch" if self._examples.is_batch else "example"
+        self.form = FormChoice(form, self._examples.described())
 
     def description(self) -> dict[str, Any]:
         """What the penalty is of, by which rule and derivatives, and its settings."""
         settings = {n: getattr(self.config, n) for n in self.settings if n != "curvature"}
         engine = dataclasses.asdict(self.engine)
         del engine["others"]
-        return {**dataclasses.asdict(self.choice), **engine, **settings}
+        form = dataclasses.asdict(self.form) if self.of_g else {}
+        return {**dataclasses.asdict(self.choice), **engine, **settings, **form}
 
     def strength_at(self, progress: float) -> float:
         """Lambda after this share of the run."""
@@ -142,10 +196,13 @@ class TraceRegularizer(Coupled):
     def _is_active(self, index: int, progress: float) -> bool:
         return self.strength_at(progress) > 0 and index % self.config.every == 0
 
+    def gathers(self, index: int, progress: float) -> bool:
+        """For the batch's norm, which is not additive."""
+        is_norm_of_batch = self.of_g and not self.by_example and not self.is_of_some
+        return is_norm_of_batch and self._is_active(index, progress)
+
     def gather(self, step: Step) -> list[Tensor]:
-        """For tr(G), which is not additive: each probe's sum over the examples."""
-        if not self.of_g or not self._is_active(step.index, step.progress):
-            return []
+        """Each probe's sum over the examples."""
         return [g for _, grads in self._root_gradients(step) for g in grads.values()]
 
     def term(self, step: Step) -> Term | None:
@@ -160,14 +217,14 @@ class TraceRegularizer(Coupled):
                 self._graph_checked = True
         except (RuntimeError, NotImplementedError) as problem:
             raise derivative_error(problem, step.objective, step.X) from problem
-        is_mean = self.config.compile or (self.of_g and self.gathered(step) is None)
-        is_whole = self.of_g and not is_mean
+        is_norm_of_parts = self.of_g and self.gathered(step) is not None
+        is_mean = self.config.compile or (self.of_g and not is_norm_of_parts)
         strength = self.strength_at(step.progress)
-        return Term(strength, value, is_mean=is_mean, is_whole=is_whole, loss=loss)
+        return Term(strength, value, is_mean=is_mean, is_whole=is_norm_of_parts, loss=loss)
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """For tr(H) by Taylor propagation."""
-        by_taylor = not self.of_g and self.engine.engine == "taylor"
+        by_taylor = not self.of_g and self.engine.engine == "taylor" and not self.is_of_some
         return by_taylor and not self.config.compile and self._is_active(index, progress)
 
     def _root_gradients(self, step: Step) -> Iterator[tuple[Params, Params]]:
@@ -182,15 +239,16 @@ class TraceRegularizer(Coupled):
     def _samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
         """One sample a probe, and this part's share of the plain loss where a pass gave it."""
         objective, generator = step.objective, step.shared_generator()
+        if self.is_of_some:
+            return self._samples_of_some(step), None
         if self.config.compile:
-            self._compiled = self._compiled or CompiledSamples(objective, self.choice.curvature)
-            return self._compiled(
-                step.X, step.targets, step.outputs, draws=self.draws, generator=generator
+            return self._compiled_samples(
+                objective, step.X, step.targets, step.outputs, generator
             ), None
         if not self.of_g:
             samples, loss = hessian_samples(
                 objective, step.X, step.targets, draws=self.draws, generator=generator,
-                modes=(self.engine.engine, *self.engine.others), share=step.part.share,
+                modes=self._modes, share=step.part.share,
             )  # fmt: skip
             if loss is None and not step.loss.requires_grad:
                 loss = step.part.share * objective.loss(objective.params, step.X, step.targets)
@@ -198,7 +256,56 @@ class TraceRegularizer(Coupled):
         sums = self.gathered(step)
         if sums is not None:
             return samples_of_parts(self._root_gradients(step), sums, step.part.num_terms), None
-        return batch_samples(
+        if not self.by_example:
+            return batch_samples(
+                step.outputs, objective.params, objective.task, step.targets, draws=self.draws,
+                generator=generator,
+            ), None  # fmt: skip
+        return self._examples.samples(
             step.outputs, objective.params, objective.task, step.targets, draws=self.draws,
-            generator=generator,
+            generator=generator, rows=None if step.part.is_whole else step.part.rows,
+            num_examples=step.part.num_examples,
         ), None  # fmt: skip
+
+    def _samples_of_some(self, step: Step) -> list[Tensor]:
+        """The same of a random part of these examples, in a forward pass of its own.
+
+        Drawn anew in every part of a batch, so that the samples are of a mean over its terms.
+        """
+        objective, N = step.objective, len(step.X)
+        # Which tensors are kept is the same in all parts: processes meet in synced norms.
+        generator = step.shared_generator()
+        # Two at least, of which batch norm has statistics.
+        size = max(min(2, N), round(self.config.penalty_examples * N))
+        own = step.generator
+        chosen = torch.randperm(N, generator=own, device=own.device)[:size]
+        chosen = chosen.to(step.X.device)
+        X, y = step.X[chosen], step.targets[chosen]
+        task, params = objective.task, objective.params
+        num_terms = task.num_terms(step.targets) * size / N  # of X, y on average
+        share = task.num_terms(y) / num_terms if num_terms else 0.0
+        if not self.of_g:
+            samples, _ = hessian_samples(
+                objective, X, y, draws=self.draws, generator=generator, modes=self._modes,
+                share=step.part.share * share,
+            )  # fmt: skip
+            return samples
+        if self.config.compile:
+            samples = self._compiled_samples(objective, X, y, step.outputs[chosen], generator)
+            return [share * sample for sample in samples]
+        outputs = recorded_outputs(objective.model, params, X)
+        samples_of = self._examples.samples if self.by_example else batch_samples
+        return samples_of(
+            outputs, params, task, y, draws=self.draws, generator=generator,
+            num_terms=num_terms or 1,
+        )  # fmt: skip
+
+    @property
+    def _modes(self) -> tuple[Mode, ...]:
+        return (self.engine.engine, *self.engine.others)
+
+    def _compiled_samples(
+        self, objective: Objective, X: Tensor, y: Tensor, outputs: Tensor, generator: Generator
+    ) -> list[Tensor]:
+        self._compiled = self._compiled or CompiledSamples(objective, self.choice.curvature)
+        return self._compiled(X, y, outputs, draws=self.draws, generator=generator)

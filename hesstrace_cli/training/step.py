@@ -170,7 +170,8 @@ class Stepper:
             self.norms.weight = float(batch.part.share > 0)
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
-                with differentiable_ops(order=self.order):
+                by_example = any(regularizer.by_example for regularizer in self.regularizers)
+                with differentiable_ops(order=self.order, by_example=by_example):
                     outputs = outputs_of(self.objective.model(batch.X))
             else:
                 outputs = outputs_of(self._model(batch.X))
@@ -196,18 +197,22 @@ class Stepper:
         Every process comes here with the same step, however many examples it has of the batch:
         whether they meet may hang on nothing that differs between them.
         """
-        if self.ranks.size == len(prepared) == 1:
+        coupled = [
+            r for r in self.regularizers if isinstance(r, Coupled) and r.gathers(index, progress)
+        ]
+        if self.ranks.size == len(prepared) == 1 or not coupled:
             return [], None
         if len(prepared) == 1:
             step = self._forward(prepared[0], index, progress)
-            gathered = self._of_coupled(step)
+            gathered = _of_coupled(coupled, step)
             self.ranks.sum_([tensor for own in gathered.values() for tensor in own])
             return [step], gathered
         # A first round over the parts, which leaves no trace in the model and its randomness.
         buffers = [(b, b.clone()) for b in self.objective.model.buffers()]
         state, total = random_state(prepared[0].X.device), Gathered()
         for each in prepared:
-            for name, own in self._of_coupled(self._forward(each, index, progress)).items():
+            of_part = _of_coupled(coupled, self._forward(each, index, progress))
+            for name, own in of_part.items():
                 so_far = total.setdefault(name, [torch.zeros_like(tensor) for tensor in own])
                 total[name] = [a + b for a, b in zip(so_far, own, strict=True)]
         self.ranks.sum_([tensor for own in total.values() for tensor in own])
@@ -216,13 +221,6 @@ class Stepper:
             for buffer, before in buffers:
                 buffer.copy_(before)
         return [], total
-
-    def _of_coupled(self, step: Step) -> Gathered:
-        return {
-            r.name: [tensor.detach() for tensor in r.gather(step)]
-            for r in self.regularizers
-            if isinstance(r, Coupled)
-        }
 
     def _add_terms(self, step: Step, sums: EpochSums, *, first: bool) -> Tensor:
         """This part's share of the loss with its terms."""
@@ -280,3 +278,7 @@ class _Prepared:
     part: Part
     generator: Generator
     state: Tensor
+
+
+def _of_coupled(coupled: Sequence[Coupled], step: Step) -> Gathered:
+    return {r.name: [tensor.detach() for tensor in r.gather(step)] for r in coupled}

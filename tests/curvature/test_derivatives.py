@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hesstrace_cli.autodiff.calls import trainable, uses_batch_statistics
+from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.ggn import ggn_vp, trace_sample
@@ -201,3 +202,15 @@ def test_a_missing_second_derivative_is_refused_by_name():
     assert "module '1' (Square)" in str(error)
     assert isinstance(error, HesstraceError)
     assert error.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_norms_called_from_torch_take_their_own_order(name, order, of_batch):
+    """There the weights come before the statistics, in torch.nn.functional after them."""
+    X, weight, bias, mean = (torch.randn(s, dtype=torch.float64) for s in ((4, 3, 5), 3, 3, 3))
+    settings = (X, weight, bias, mean, torch.rand_like(mean) + 1, of_batch, 0.1, 1e-5, False)
+    truth = getattr(torch, name)(*settings)
+    with differentiable_ops(order=order, by_example=order == 2):
+        torch.testing.assert_close(getattr(torch, name)(*settings), truth)

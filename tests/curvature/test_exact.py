@@ -403,7 +403,6 @@ def test_rules_are_used_where_there_are_some():
     }  # fmt: skip
     assert {name: names for name, names in left.items() if names} == {
         "tied": ["a.weight"],
-        "conv3d": ["kernel"],
     }
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ from hesstrace_cli.curvature.per_example.norm_rules import (
 )
 from hesstrace_cli.failures import is_of_the_machine
 
+Seen = Callable[[Tensor], Tensor]
+"""What is done with a parameter, of which no number changes, before an operation takes it."""
+
 
 @dataclass
 class Use:
@@ -43,10 +46,12 @@ class Use:
 
     Attributes:
         edge: Where its output's gradient g is read off.
-        names: The names, by role, of those parameters whose norms are wanted.
+        names: The names, by role, of those parameters.
         num_rows: R.
-        norms: From the rows (R, ...) of g and their layout to squared norms (N,), by role.
+        norms: From the rows (R, ...) of g, their layout and what scales the entries of a gradient
+            to squared norms (N,), by role.
         flatten: How many of g's leading dimensions make up the rows.
+        seen: By role how the operation sees a parameter, as its transpose or in another shape.
     """
 
     edge: GradientEdge
@@ -54,6 +59,29 @@ class Use:
     num_rows: int
     norms: NormsOf
     flatten: int = 1
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+
+    def squares(self, g: Tensor, layout: Layout, scales: Params | None = None) -> Norms:
+        """||s J_i^T u_i||^2 of every example, (N,) by name.
+
+        Args:
+            g: The gradient of the operation's output.
+            layout: Of its rows.
+            scales: s by name, 0-dim or of the parameter's shape, those that are wanted; 1 for all
+                where it is None.
+        """
+        wanted = self.names.items() if scales is None else [
+            (role, name) for role, name in self.names.items() if name in scales
+        ]  # fmt: skip
+        own: dict[str, Tensor | None] = {}
+        for role, name in wanted:
+            scale = None if scales is None else scales[name]
+            own[role] = None if scale is None or not scale.dim() else self.seen[role](scale)
+        norms = self.norms(self.rows(g), layout, own)
+        result = {name: norms[role] for role, name in wanted}
+        if scales is None:
+            return result
+        return {n: v if scales[n].dim() else v * scales[n].square() for n, v in result.items()}
 
     def rows(self, g: Tensor) -> Tensor:
         """G as rows (R, ...)."""
@@ -68,16 +96,19 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
         params: The parameters of interest by name.
     """
     names = {id(p): name for name, p in params.items()}
-    leaf_of: dict[Any, str] = {}  # a parameter's node, or that of its transpose
+    leaf_of: dict[Any, str] = {}  # a parameter's node, or that of its transpose, cast or view
+    seen: dict[Any, Seen] = {}
     consumers: dict[str, list[tuple[Any, int]]] = {name: [] for name in params}
     for node in topological(logits):
         if hasattr(node, "variable"):
             if id(node.variable) in names:
                 leaf_of[node] = names[id(node.variable)]
+                seen[node] = _as_it_is
             continue
         inputs = [following for following, _ in node.next_functions]
-        if operation(node) == "T" and inputs[0] in leaf_of:
+        if inputs and inputs[0] in leaf_of and operation(node) in _SEEN:
             leaf_of[node] = leaf_of[inputs[0]]
+            seen[node] = _after(seen[inputs[0]], _SEEN[operation(node)](node))
             continue
         for place, following in enumerate(inputs):
             if following in leaf_of:
@@ -89,11 +120,33 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
             role = ROLES.get(operation(node), {}).get(place)
             if role is not None:
                 roles.setdefault(node, {}).setdefault(role, name)
-    uses = (_use(node, own, params) for node, own in roles.items())
+    uses = (_use(node, own, seen) for node, own in roles.items())
     return [use for use in uses if use is not None]
 
 
-def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _after(first: Seen, then: Seen) -> Seen:
+    return lambda tensor: then(first(tensor))
+
+
+def _as_view(node: Any) -> Seen:
+    shape = output_shape(node)
+    return lambda tensor: tensor.reshape(shape)
+
+
+_SEEN: dict[str, Callable[[Any], Seen]] = {
+    "T": lambda _: lambda tensor: tensor.mT,
+    "ToCopy": lambda _: _as_it_is,
+    "View": _as_view,
+    "Unsqueeze": _as_view,
+    "ReshapeAlias": _as_view,
+}
+
+
+def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
     kind, flatten = operation(node), 1
     if node._input_metadata[0].dtype.is_complex:
         return None
@@ -102,18 +155,28 @@ def _use(node: Any, names: dict[str, str], params: Params) -> Use | None:
             return None
         norms = RULES[kind](node)
     else:
-        leaf = params[names["weight"]]
-        place = next(i for i, (n, _) in enumerate(node.next_functions)
-                     if n is not None and getattr(n, "variable", None) is leaf)  # fmt: skip
-        flatten = lead(node, leaf)
-        norms = broadcast(node, place, leaf) if flatten else None
+        place = next(i for i, (n, _) in enumerate(node.next_functions) if n in seen)
+        operand = _shape_at(node, place)
+        flatten = lead(node, operand)
+        norms = broadcast(node, place, operand) if flatten else None
     if norms is None:
         return None
     shape = output_shape(node)
     if kind in ("NativeLayerNorm", "Embedding"):
         flatten = len(shape) - (1 if kind == "Embedding" else len(node._saved_normalized_shape))
     num_rows = math.prod(shape[:flatten])
-    return Use(GradientEdge(node, 0), names, num_rows, norms, flatten)
+    own = {
+        role: seen[node.next_functions[place][0]] for place, role in ROLES[kind].items()
+        if role in names and node.next_functions[place][0] in seen
+    }  # fmt: skip
+    return Use(GradientEdge(node, 0), names, num_rows, norms, flatten, own)
+
+
+def _shape_at(node: Any, place: int) -> list[int]:
+    """The shape of a parameter as an operation sees it."""
+    operand = node.next_functions[place][0]
+    own = getattr(operand, "variable", None)
+    return output_shape(operand) if own is None else list(own.shape)
 
 
 _POWERS = 16
@@ -165,7 +228,9 @@ def gradients(logits: Tensor, uses: Sequence[Use], cotangent: Tensor) -> list[Te
     edges = [use.edge for use in uses]
     if not edges:
         return []
-    return list(torch.autograd.grad(logits, edges, cotangent, retain_graph=True))
+    return list(torch.autograd.grad(
+        logits, edges, cotangent, retain_graph=True, materialize_grads=True
+    ))  # fmt: skip
 
 
 def rule_norms(uses: Sequence[Use], grads: Sequence[Tensor], layouts: dict[str, Layout]) -> Norms:
@@ -181,8 +246,8 @@ def rule_norms(uses: Sequence[Use], grads: Sequence[Tensor], layouts: dict[str, 
     """
     result: Norms = {}
     for use, g in zip(uses, grads, strict=True):
-        norms = use.norms(use.rows(g), layouts[next(iter(use.names.values()))])
-        result |= {own: norms[role] for role, own in use.names.items()}
+        with torch.set_grad_enabled(g.requires_grad):
+            result |= use.squares(g, layouts[next(iter(use.names.values()))])
     return result
 
 

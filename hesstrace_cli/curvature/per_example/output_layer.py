@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.norm_rules import Norms, output_shape
+from hesstrace_cli.curvature.per_example.norm_rules import Norms, in_full, output_shape
 from hesstrace_cli.curvature.per_example.norms import Use, gradients
 from hesstrace_cli.tasks import Task
 
@@ -41,6 +41,10 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
         ||h_m||^2 of each of the N T terms, counted or not, by the weight's name, 1 by the bias's;
         nothing where there is no such layer.
     """
+    if outputs.dim() == 2:  # one term a row, so that nothing needs to be found out
+        own = next((u for u in uses if u.edge.node is _without_cast(outputs.grad_fn)), None)
+        if own is not None and operation(own.edge.node) in ("Addmm", "Mm"):
+            return _of_rows(own, outputs)
     terms = task.term_numbers(outputs) + 1  # 0 is of none
     if terms.numel() == 0 or int(terms.max()) > 1 / torch.finfo(outputs.dtype).eps:
         return {}
@@ -62,6 +66,17 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
             elif (squares := _squares(use.edge.node)) is not None:
                 found[name] = squares[row_of[1:]]
     return found
+
+
+def _without_cast(node: Any) -> Any:
+    return node.next_functions[0][0] if node is not None and operation(node) == "ToCopy" else node
+
+
+def _of_rows(use: Use, outputs: Tensor) -> Norms:
+    squares = {
+        "weight": _squares(use.edge.node), "bias": torch.ones_like(outputs[:, 0].detach())
+    }  # fmt: skip
+    return {name: s for role, name in use.names.items() if (s := squares[role]) is not None}
 
 
 def _last_uses(outputs: Tensor, uses: Sequence[Use]) -> Iterator[Use]:
@@ -105,7 +120,7 @@ def _squares(node: Any) -> Tensor | None:
     kind = operation(node)
     if kind != "Convolution":
         X = node._saved_mat1 if kind == "Addmm" else node._saved_self
-        return None if X is None else X.square().sum(1)
+        return None if X is None else in_full(X).square().sum(1)
     X, W = node._saved_input, node._saved_weight
     if X is None:
         return None

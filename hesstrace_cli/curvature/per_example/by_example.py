@@ -1,0 +1,201 @@
+"""Samples of tr(G) that are sums over the examples of squared norms, to be differentiated.
+
+    M t = sum_m ||h_m||^2 tr(A_m) + sum_i || s * J_i^T u_i ||^2 + || s * sum_i J_i^T u_i ||^2
+
+with u_m = B_m e_m for independent signs e_m: the first sum for the output layer, in closed form;
+the second for all tensors that have a rule in `norm_rules`, run with the graph of what autograd
+has saved; the third for the others. E[t] = tr(G) of each, as cross terms between terms vanish; the
+second lacks those between examples, which are most of the third's noise.
+
+Through batch norm in training mode the sample is of the network with the batch's statistics as
+constants; its gradient is that of this value, the statistics moving with the weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from hesstrace_cli.autodiff.differentiable import held_statistics
+from hesstrace_cli.autodiff.graph import Params
+from hesstrace_cli.curvature.per_example.linearity import operation
+from hesstrace_cli.curvature.per_example.norm_rules import Layout
+from hesstrace_cli.curvature.per_example.norms import Use, check_layouts, find_uses
+from hesstrace_cli.curvature.per_example.output_layer import output_layer
+from hesstrace_cli.curvature.probes import Draws, draw_signs
+from hesstrace_cli.tasks import Task
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a parameter's part of the sample is taken.
+
+    Attributes:
+        kind: "closed", "example" or "batch".
+        operation: That has the rule.
+        strided: Of the layout of its rows.
+        single: Whether there is one row an example, so that nothing is known of the layout.
+        reason: Why it is not by example.
+    """
+
+    kind: str
+    operation: str = ""
+    strided: bool = False
+    single: bool = False
+    reason: str = ""
+
+    def fits(self, use: Use, num_examples: int) -> bool:
+        """Whether an operation is the one that was looked at."""
+        rows, rest = divmod(use.num_rows, num_examples)
+        if self.kind != "example" or rest:
+            return False
+        if self.single:  # whatever it is called: batch norm is another one where it is synced
+            return rows == 1
+        return self.operation == operation(use.edge.node)
+
+
+class ByExample:
+    """Samples of tr(G) from the graph of a forward pass within `differentiable_ops`.
+
+    It must have been called with `order=2, by_example=True` if there is batch norm in it. Which
+    parameter takes which way is found out on the first batch, by two backward passes, and kept.
+
+    Attributes:
+        ways: By the parameters' names; empty before the first batch.
+    """
+
+    def __init__(self) -> None:
+        self.ways: dict[str, Way] = {}
+
+    def examine(self, outputs: Tensor, params: Params, task: Task) -> None:
+        """Find out which way each parameter takes.
+
+        An example's rows must have a gradient from its own outputs alone, the statistics of batch
+        norms held: where examples touch each other in a model, the layers in front of that place
+        take the whole-batch form.
+
+        Args:
+            outputs: Of some examples, more than one, with their graph.
+            params: The parameters by name.
+            task: Says which outputs make up a term.
+        """
+        uses = find_uses(outputs, params)
+        with held_statistics():
+            closed = output_layer(outputs, uses, params, task)
+            uses = [use for use in uses if not closed.keys() >= set(use.names.values())]
+            layouts = check_layouts(outputs, uses)
+        self.ways = {name: Way("closed") for name in closed}
+        for use in uses:
+            for name in use.names.values():
+                if name in self.ways:
+                    continue
+                if name not in layouts:
+                    reason = "examples touch each other"
+                    self.ways[name] = Way("batch", reason=reason)
+                    continue
+                single = use.num_rows == len(outputs)
+                kind = operation(use.edge.node)
+                self.ways[name] = Way("example", kind, layouts[name].strided, single)
+        for name in params.keys() - self.ways.keys():
+            self.ways[name] = Way("batch", reason="used twice, or in an operation without a rule")
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether no parameter goes by example, nor in closed form."""
+        return all(way.kind == "batch" for way in self.ways.values())
+
+    def described(self) -> str:
+        """How many tensors go which way, and why."""
+        counts = Counter(way.kind for way in self.ways.values())
+        parts = [f"{counts['example']} of {len(self.ways)} tensors by example"]
+        if counts["closed"]:
+            parts.append(f"{counts['closed']} in closed form")
+        for reason in dict.fromkeys(w.reason for w in self.ways.values() if w.kind == "batch"):
+            names = [n for n, way in self.ways.items() if way.reason == reason]
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            parts.append(f"{len(names)} of the whole batch as {reason} ({listed})")
+        return "; ".join(parts)
+
+    def samples(
+        self, outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
+        draws: Draws, generator: Generator, rows: Tensor | None = None, num_examples: int = 0,
+        num_terms: float | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Samples t of these examples, one a probe, 0-dim with a graph to all parameters.
+
+        Tensors in closed form have no noise and cost next to nothing, so none of them is dropped.
+
+        Args:
+            outputs: Of N examples, with their graph.
+            params: The parameters w by name.
+            task: Gives A and B.
+            targets: Of the same examples.
+            draws: What is drawn.
+            generator: Source of all randomness; the same for all parts of a batch.
+            rows: The examples' positions in their batch; None where they are the batch.
+            num_examples: Of the batch, where they are a part of it.
+            num_terms: M, if not that of the targets.
+        """
+        if not self.ways or (len(outputs) > 1 and self._learned_from_one):
+            self.examine(outputs, params, task)
+            self._learned_from_one = len(outputs) == 1
+        num_terms = task.num_terms(targets) if num_terms is None else num_terms
+        uses = find_uses(outputs, params)
+        closed, missed = self._closed(outputs, uses, params, task, targets)
+        rest = {name: p for name, p in params.items() if self.ways[name].kind != "closed"}
+        samples = []
+        for _ in range(draws.num_probes if rest or missed else 1):
+            parts = [closed]
+            if rest or missed:
+                keep = missed | draws.keep(rest, generator)
+                signs = draw_signs(outputs, generator, rows, num_examples)
+                cotangent = task.root(outputs, targets, signs)
+                parts += self._squares(outputs, uses, params, cotangent, keep)
+            samples.append(torch.stack(parts).sum() / num_terms)
+        return samples
+
+    _learned_from_one = False
+
+    def _closed(
+        self, outputs: Tensor, uses: list[Use], params: Params, task: Task, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output layer's part, and factors 1 for those of its tensors that are not found."""
+        names = [name for name, way in self.ways.items() if way.kind == "closed"]
+        found = output_layer(outputs, uses, params, task) if names else {}
+        missed = {n: params[n].new_ones(()) for n in names if n not in found}
+        squares = [found[name] for name in names if name in found]
+        if not squares:
+            return outputs.new_zeros(()), missed
+        traces = task.curvature_traces(outputs, targets).flatten()
+        return (torch.stack(squares).sum(0) * traces).sum(), missed
+
+    def _squares(
+        self, outputs: Tensor, uses: list[Use], params: Params, cotangent: Tensor, keep: Params
+    ) -> list[Tensor]:
+        """The squared norms of the kept tensors, summed over the examples."""
+        N = len(outputs)
+        chosen: list[tuple[Use, dict[str, Tensor]]] = []
+        for use in uses:
+            own = {
+                n: keep[n] for n in use.names.values() if n in keep and self.ways[n].fits(use, N)
+            }  # fmt: skip
+            if own:
+                chosen.append((use, own))
+        done = {name for _, own in chosen for name in own}
+        whole = [name for name in keep if name not in done]
+        at: list[Any] = [*(use.edge for use, _ in chosen), *(params[name] for name in whole)]
+        with held_statistics(with_weights=bool(whole)):
+            grads = torch.autograd.grad(
+                outputs, at, cotangent, create_graph=True, materialize_grads=True
+            )  # fmt: skip
+        squares = []
+        for (use, own), g in zip(chosen, grads, strict=False):
+            layout = Layout(N, self.ways[next(iter(own))].strided)
+            squares += [norms.sum() for norms in use.squares(g, layout, own).values()]
+        for name, g in zip(whole, grads[len(chosen) :], strict=True):
+            squares.append((keep[name] * g).square().sum())
+        return squares
