@@ -155,7 +155,7 @@ def _compare(whole, first, *others, equal):
         assert_close(first, other, rtol=0, atol=0)
     assert all(torch.isfinite(tensor).all() for tensor in first.values())
     if equal:
-        assert_close(whole, first, rtol=1e-9, atol=1e-11)
+        assert_close(whole, first, rtol=1e-12, atol=1e-13)
 
 
 STOPPED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.curvature import oracles
 from tests.curvature.test_exact import Function
 from tests.curvature.test_exact import build as built
 from tests.curvature.zoo import make
+from tests.tasks.cases import case_of
 
 CONFIG = TrainConfig(warmup=0.0, curvature="ggn", estimator="hutchinson", form="example")
 
@@ -76,6 +78,28 @@ def test_it_is_unbiased(option, name):
         penalty.term(step_of(penalty, objective, X, y, seed)).value.detach() for seed in range(200)
     ])  # fmt: skip
     assert abs(values.mean() - truth) < 4 * values.std() / len(values) ** 0.5
+
+
+def test_over_all_choices_of_ragged_examples_the_mean_is_that_of_the_batch(monkeypatch):
+    """Of tr(H), with one probe: no draws, so that a wrong share is no noise."""
+    ragged = case_of("tokens, tanh")
+    X, y = ragged.X[1:7], ragged.y[1:7]
+    objective = Objective(ragged.model, trainable(ragged.model), ragged.task)
+    assert len({ragged.task.num_terms(y[i : i + 1]) for i in range(6)}) > 2
+
+    def value(share):
+        settings = {"curvature": "hessian", "form": "auto", "penalty_examples": share}
+        penalty = penalty_for(objective, X, y, **settings)
+        return penalty.term(step_of(penalty, objective, X, y)).value.item()
+
+    whole, found = value(1.0), []
+    for chosen in itertools.combinations(range(6), 3):
+        order = torch.tensor([*chosen, *sorted(set(range(6)) - set(chosen))])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randperm", lambda *_, order=order, **__: order)
+            found.append(value(0.5))
+    assert len(set(found)) == 20
+    assert sum(found) / len(found) == pytest.approx(whole, rel=1e-10)
 
 
 def test_examples_have_less_noise_than_their_sum():
