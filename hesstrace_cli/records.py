@@ -22,6 +22,16 @@ class Preprocess(TypedDict):
     channels: int | None
 
 
+class Origin(TypedDict):
+    """Which checkpoint and data a record is of."""
+
+    checkpoint: str
+    epoch: int | None
+    model: str
+    dataset: str
+    preprocess: Preprocess
+
+
 class Layer(TypedDict):
     """The trace of a parameter's diagonal block."""
 
@@ -179,7 +189,7 @@ class Flatness(TypedDict):
     filter_normalized: Sharpness
 
 
-class Spectrum(TypedDict):
+class Spectrum(Origin):
     """`spectrum`."""
 
     schema: str
@@ -217,11 +227,6 @@ class Spectrum(TypedDict):
     seed: int
     seconds: float
     versions: dict[str, str]
-    checkpoint: str
-    epoch: int | None
-    model: str
-    dataset: str
-    preprocess: Preprocess
 
 
 class Verdict(TypedDict):
@@ -314,7 +319,7 @@ class Measured(TypedDict):
     allocations: list[Allocation]
 
 
-class Sensitivity(TypedDict):
+class Sensitivity(Origin):
     """`sensitivity`."""
 
     schema: str
@@ -344,11 +349,6 @@ class Sensitivity(TypedDict):
     flips: dict[str, list[int]] | None
     measured: Measured | None
     seconds: float
-    checkpoint: str
-    epoch: int | None
-    model: str
-    dataset: str
-    preprocess: Preprocess
 
 
 class Spread(TypedDict):

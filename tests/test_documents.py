@@ -92,7 +92,10 @@ SMALLER = {
     "resnet18/last.pt --dataset imagefolder:CIFAR_DIR": "last.pt",
     "transformer/last.pt --model examples/text.py:transformer": "text.pt --model mymodel.py:text",
     "lstm/last.pt --model examples/text.py:lstm": "text.pt --model mymodel.py:text",
-    "regression-none/last.pt regression-trace/last.pt": "none/last.pt trace/last.pt",
+    "segmentation-none/last.pt segmentation-weak/last.pt segmentation-trace/last.pt "
+    "--model examples/tasks.py:pixels": "none/last.pt trace/last.pt",
+    "regression-none/last.pt regression-weak/last.pt regression-trace/last.pt": "last.pt",
+    "multilabel-none/last.pt multilabel-weak/last.pt multilabel-trace/last.pt": "last.pt",
     "--dataset imagefolder:DIR": "--dataset imagefolder:images",
     "imagefolder:CIFAR_DIR": "imagefolder:images",
     "imagefolder:DIR": "imagefolder:images",

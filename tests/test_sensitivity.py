@@ -17,10 +17,12 @@ from torch import nn
 from hesstrace_cli.analysis.allocation import allocate, flips
 from hesstrace_cli.analysis.loading import load_checkpoint
 from hesstrace_cli.analysis.quantization import Groups, quantize, squared_error
-from hesstrace_cli.analysis.sensitivity import replaced, sensitivity
+from hesstrace_cli.analysis.rounding import replaced
+from hesstrace_cli.analysis.sensitivity import sensitivity
 from hesstrace_cli.config import SensitivityConfig, resolve
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
+from hesstrace_cli.reporting.tables import number
 from hesstrace_cli.tasks import Classification, Regression
 from tests.conftest import assert_one_line_error, invoke, train_to_end
 
@@ -190,6 +192,32 @@ def test_a_tied_weight_counts_once_and_a_frozen_one_where_asked_for():
     assert [w["name"] for w in sensitivity_of(frozen, split)["weights"]] == ["1.weight"]
 
 
+FROZEN = """
+from torch import nn
+
+
+def build(num_classes, in_shape):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, num_classes))
+    model[1].requires_grad_(False)
+    return model
+"""
+
+
+def test_weights_that_do_not_train_are_said_to_be_left_out_or_taken(tmp_path):
+    (tmp_path / "frozen.py").write_text(FROZEN)
+    model = ("--model", "frozen.py:build")
+    assert invoke("train", *model, "--epochs", "1", "--out", "r").exit_code == 0
+    left_out = invoke("sensitivity", "r/last.pt", *model, "--json", "-")
+    assert "256 weights that do not train are left out; --all-weights" in left_out.stderr
+    taken = invoke("sensitivity", "r/last.pt", *model, "--json", "-", "--all-weights")
+    assert "left out" not in taken.stderr
+    few, every = (json.loads(result.stdout)["weights"] for result in (left_out, taken))
+    assert [w["name"] for w in few] == ["3.weight"]
+    assert [w["name"] for w in every] == ["1.weight", "3.weight"]
+    assert every[0]["trace"] > 0
+    assert every[1]["trace"] == pytest.approx(few[0]["trace"], rel=1e-5)
+
+
 def test_the_model_is_left_as_it_was(fitted):
     model = load_checkpoint(str(fitted), SensitivityConfig()).model
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -233,7 +261,9 @@ def test_what_the_command_writes_agrees(fitted):
         assert rules["trace"]["predicted_rise"]["value"] <= rules[rule]["predicted_rise"]["value"]
     assert len(record["measured"]["alone"]) == 4 * len(sizes)
     for name in sizes:
-        assert name in result.stdout
+        assert result.stdout.count(name) == 2
+    for each in record["measured"]["alone"]:
+        assert f"{number(each['rise'], 3)} ({number(each['predicted'], 3)})" in result.stdout
 
 
 def test_a_size_in_megabytes_counts_scales_and_what_is_not_rounded(fitted):

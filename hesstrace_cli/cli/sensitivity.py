@@ -76,6 +76,7 @@ def _show(record: Mapping[str, Any]) -> None:
     for sentence in bits.remarks(record):
         screen.say(sentence)
     if record["measured"] is not None:
+        screen.show(bits.alone_table(record))
         screen.show(bits.measured_table(record))
         if record["measured"]["allocations"]:
             screen.show(bits.rules_table(record))

@@ -129,7 +129,7 @@ class TraceRegularizer(Coupled):
                 )
             self.form = FormChoice("example", "as asked for")
         elif config.form == "auto":
-            self.form = FormChoice("batch", "auto")
+            self.form = FormChoice("batch", "auto: by example only where it is asked for")
         # Compiled, or of fewer examples, the penalty takes a forward pass of its own.
         self.order = 2 if self.of_g and not config.compile and not self.is_of_some else 1
         self.in_parts = not config.compile or not self.of_g

@@ -68,6 +68,17 @@ def remarks(record: Record) -> Iterator[str]:
         yield "no decision flips within the traces' intervals"
 
 
+def alone_table(record: Record) -> Table:
+    """A row a weight: the rise with it rounded alone, measured and, in brackets, predicted."""
+    cells: dict[str, list[str]] = {}
+    for each in record["measured"]["alone"]:
+        text = f"{number(each['rise'], 3)} ({number(each['predicted'], 3)})"
+        cells.setdefault(each["name"], []).append(text)
+    head = ("parameter", *(f"at {b} bits" for b in record["bits"]))
+    rows = [[name, *own] for name, own in cells.items()]
+    return Table("each weight alone: measured rise (predicted)", head, rows)
+
+
 def measured_table(record: Record) -> Table:
     """A row a bit width: how the rises of weights rounded alone agree with the prediction."""
     rows = [
@@ -78,7 +89,7 @@ def measured_table(record: Record) -> Table:
         for by in record["measured"]["by_bits"]
     ]  # fmt: skip
     head = ("bits", "rank correlation", "with the slope", "within the interval", "large errors")
-    return Table("each weight alone, measured against predicted", head, rows)
+    return Table("how the two agree over the weights", head, rows)
 
 
 def rules_table(record: Record) -> Table:
