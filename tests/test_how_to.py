@@ -32,7 +32,14 @@ def test_there_is_a_page_for_each_thing_to_add():
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+LONG = ("data-set", "regularizer")  # with several runs each
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_a_page_works_as_it_is_written(page, tmp_path):
     """Files of the package go into a copy of it, so that nothing else has to be touched."""
     found = blocks(page)

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from hesstrace_cli.analysis.estimation import top_eigenvalue
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import learning_rate
-from hesstrace_cli.curvature import trace_penalty
+from hesstrace_cli.curvature import probes
 from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import ConfigError, NumericsError, Stopped
 from hesstrace_cli.storage.checkpoints import read_checkpoint
@@ -247,13 +247,13 @@ def test_best_accuracy_survives_a_resume(tmp_path):
 
 def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
     drawn, keys = [], []
-    real = trace_penalty.rademacher
+    real = probes.rademacher
 
     def recorded(*args, **kwargs):
         drawn.append(real(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(trace_penalty, "rademacher", recorded)
+    monkeypatch.setattr(probes, "rademacher", recorded)
     run = make_run(tmp_path / "a", reg="trace=0.01", warmup=0, batch_size=20)
     steps = run.advance()
     next(steps), next(steps)
