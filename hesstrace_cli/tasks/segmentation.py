@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from hesstrace_cli.tasks.base import Meter, Selection
-from hesstrace_cli.tasks.softmax import SoftmaxTask
+from hesstrace_cli.tasks.places import PlacesTask
 
 
 @dataclass(frozen=True)
-class Segmentation(SoftmaxTask):
-    """Classes of pixels; a mean over those that count.
-
-    Attributes:
-        ignore_index: The target of pixels that do not count.
-    """
+class Segmentation(PlacesTask):
+    """Classes of pixels."""
 
     name: ClassVar[str] = "segmentation"
-    counts_all: ClassVar[bool] = False
     expects: ClassVar[str] = "logits (N, C, H, W) and class numbers (N, H, W)"
     loss_name: ClassVar[str] = "cross-entropy of pixels"
     selection: ClassVar[Selection] = Selection("mean_iou", higher_is_better=True)
@@ -32,21 +27,10 @@ class Segmentation(SoftmaxTask):
         "cutout": "it would leave classes to erased pixels",
         "dropout": "the last layer is no linear layer on whole examples",
     }
-    ignore_index: int = -100
-
-    @property
-    def ignored(self) -> int:
-        """The ignored index."""
-        return self.ignore_index
 
     def target_dim(self) -> tuple[int, ...]:
         """(N, H, W)."""
         return (3,)
-
-    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Those that count and whose largest logit is that of their class."""
-        right = outputs.argmax(self.class_dim) == targets
-        return (right & (targets != self.ignore_index)).sum()
 
     def meter(self) -> Meter:
         """Pixel accuracy and the mean intersection over union."""

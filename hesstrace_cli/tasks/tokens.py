@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from hesstrace_cli.tasks.base import Meter, Selection
-from hesstrace_cli.tasks.softmax import SoftmaxTask
+from hesstrace_cli.tasks.places import PlacesTask
 
 
 @dataclass(frozen=True)
-class Tokens(SoftmaxTask):
-    """Classes of tokens, as of a language model; a mean over the tokens that count.
-
-    Attributes:
-        ignore_index: The target of tokens that do not count.
-    """
+class Tokens(PlacesTask):
+    """Classes of tokens, as of a language model."""
 
     name: ClassVar[str] = "tokens"
-    counts_all: ClassVar[bool] = False
     expects: ClassVar[str] = "logits (N, T, C) and class numbers (N, T)"
     loss_name: ClassVar[str] = "cross-entropy of tokens"
     selection: ClassVar[Selection] = Selection("perplexity", higher_is_better=False)
@@ -32,26 +27,15 @@ class Tokens(SoftmaxTask):
         "mixup": "tokens are indices, of which no mean can be taken",
         "cutout": "it erases a square of an image",
     }
-    ignore_index: int = -100
 
     @property
     def class_dim(self) -> int:
         """The last."""
         return 2
 
-    @property
-    def ignored(self) -> int:
-        """The ignored index."""
-        return self.ignore_index
-
     def target_dim(self) -> tuple[int, ...]:
         """(N, T)."""
         return (2,)
-
-    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Those that count and whose largest logit is that of their class."""
-        right = outputs.argmax(self.class_dim) == targets
-        return (right & (targets != self.ignore_index)).sum()
 
     def meter(self) -> Meter:
         """Perplexity and accuracy."""
