@@ -12,7 +12,7 @@ from torchvision import models
 
 from hesstrace_cli.analysis.verify import _rows
 from hesstrace_cli.autodiff.calls import trainable
-from hesstrace_cli.curvature.checks.derivatives import _over
+from hesstrace_cli.curvature.checks.differences import over
 from hesstrace_cli.curvature.checks.verdicts import GOOD, compared, compared_gradients
 from hesstrace_cli.curvature.objective import Objective
 from tests.conftest import invoke
@@ -323,8 +323,8 @@ def test_where_there_is_no_difference_it_says_why():
 
     gradient = {"w": torch.ones(2)}
     for row in (
-        compared("x", 1.0, _over((0.1, 0.2), fails)),
-        compared_gradients("x", gradient, _over((0.1, 0.2), fails), gradient, 1e-3),
+        compared("x", 1.0, over((0.1, 0.2), fails)),
+        compared_gradients("x", gradient, over((0.1, 0.2), fails), gradient, 1e-3),
     ):
         assert row.verdict == "unsettled"
         assert row.detail == "the model fails at all weights beside its own: no value at 0.1"

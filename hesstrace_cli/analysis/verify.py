@@ -19,7 +19,8 @@ from hesstrace_cli.autodiff.calls import draws_random_numbers, native_outputs, t
 from hesstrace_cli.autodiff.differentiable import is_replaced
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import VerifyConfig
-from hesstrace_cli.curvature.checks.derivatives import Check, checked, tries
+from hesstrace_cli.curvature.checks.copies import checked, tries
+from hesstrace_cli.curvature.checks.derivatives import Check
 from hesstrace_cli.curvature.checks.verdicts import (
     GOOD,
     Row,

@@ -11,14 +11,10 @@ from torch import Tensor
 from hesstrace_cli.autodiff.calls import reads_by_other_names
 from hesstrace_cli.autodiff.casting import on_copies
 from hesstrace_cli.autodiff.precision import full_precision
-from hesstrace_cli.curvature.checks.derivatives import (
-    IN_SINGLE,
-    Check,
-    checked,
-    move_aside,
-    seeded,
-    tries,
-)
+from hesstrace_cli.curvature.checks.copies import checked, tries
+from hesstrace_cli.curvature.checks.derivatives import Check
+from hesstrace_cli.curvature.checks.differences import IN_SINGLE
+from hesstrace_cli.curvature.checks.displaced import move_aside, seeded
 from hesstrace_cli.curvature.checks.verdicts import NOT_FINITE, Row, is_settled, merged
 from hesstrace_cli.curvature.hessian import Mode
 from hesstrace_cli.curvature.objective import Objective
@@ -80,7 +76,7 @@ def choose_engine(
     tried: dict[Mode, list[Row]] = {}
     for some, targets, number in tries(objective, X, y, first, seed):
         with checked(objective, some, targets, seed=number) as check:
-            scale = check.scale()
+            scale = check.differences.scale()
             right = _try(engines, check, tried)
         if right or is_settled(itertools.chain(*tried.values())):
             break

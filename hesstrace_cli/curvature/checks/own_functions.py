@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hesstrace_cli.autodiff.calls import native_outputs
-from hesstrace_cli.curvature.checks.derivatives import checked, tries
+from hesstrace_cli.curvature.checks.copies import checked, tries
 from hesstrace_cli.curvature.checks.verdicts import Row, is_settled, merged
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.per_example.linearity import own_functions
