@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.per_example import norm_rules
 from hesstrace_cli.curvature.per_example.independence import MixedExamples
 from hesstrace_cli.curvature.per_example.linearity import why_not_linear
+from hesstrace_cli.curvature.per_example.rules import chunks
 from hesstrace_cli.curvature.trace import exact
 from hesstrace_cli.curvature.trace.exact import PerExampleTrace, hessian_diagonal_traces
 from tests.curvature import oracles
@@ -371,10 +371,10 @@ def truth_of(objective, X):
     return torch.stack([torch.stack([b.sum() for b in d.split(sizes)]) for d in per_example])
 
 
-@pytest.mark.parametrize("chunk", [1, norm_rules.CHUNK])
+@pytest.mark.parametrize("chunk", [1, chunks.CHUNK])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_example_has_its_dense_trace(name, chunk, monkeypatch):
-    monkeypatch.setattr(norm_rules, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     objective, X, y = build(SHAPES[name])
     truth = truth_of(objective, X)
     traces = PerExampleTrace(objective, X)

@@ -3,7 +3,7 @@
     M t = sum_m ||h_m||^2 tr(A_m) + sum_i || s * J_i^T u_i ||^2 + || s * sum_i J_i^T u_i ||^2
 
 with u_m = B_m e_m for independent signs e_m: the first sum for the output layer, in closed form;
-the second for all tensors that have a rule in `norm_rules`, run with the graph of what autograd
+the second for all tensors that have a rule in the registry, run with the graph of what autograd
 has saved; the third for the others. E[t] = tr(G) of each, as cross terms between terms vanish; the
 second lacks those between examples, which are most of the third's noise.
 
@@ -23,9 +23,10 @@ from torch import Generator, Tensor
 from hesstrace_cli.autodiff.differentiable import held_statistics
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.norm_rules import Layout
-from hesstrace_cli.curvature.per_example.norms import Use, check_layouts, find_uses
+from hesstrace_cli.curvature.per_example.norms import check_layouts
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
+from hesstrace_cli.curvature.per_example.rules.layout import Layout
+from hesstrace_cli.curvature.per_example.uses import Use, find_uses
 from hesstrace_cli.curvature.probes import Draws, draw_signs
 from hesstrace_cli.tasks import Task
 

@@ -2,182 +2,26 @@
 
 For outputs f_i of example i and a cotangent u_i, each parameter tensor t gets ||J_it^T u_i||^2 for
 all examples of a batch from one backward pass down to the operations' outputs; no gradient of a
-parameter is formed, and the rules of `norm_rules` do the rest. Parameters that are used twice, or
+parameter is formed, and the rules do the rest. Parameters that are used twice, or
 in an operation without a rule, are left to `differentiated_norms`, which differentiates example
 by example.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
-from torch.autograd.graph import GradientEdge
 from torch.func import vjp, vmap
 
-from hesstrace_cli.autodiff.graph import Params, topological
-from hesstrace_cli.curvature.per_example import norm_rules
+from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.curvature.per_example.independence import column
-from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.norm_rules import (
-    ROLES,
-    RULES,
-    Layout,
-    Norms,
-    NormsOf,
-    broadcast,
-    lead,
-    output_shape,
-)
+from hesstrace_cli.curvature.per_example.rules.chunks import at_once
+from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms
+from hesstrace_cli.curvature.per_example.uses import Use
 from hesstrace_cli.failures import is_of_the_machine
-
-Seen = Callable[[Tensor], Tensor]
-"""What is done with a parameter, of which no number changes, before an operation takes it."""
-
-
-@dataclass
-class Use:
-    """An operation with parameters among its operands that are used nowhere else.
-
-    Attributes:
-        edge: Where its output's gradient g is read off.
-        names: The names, by role, of those parameters.
-        num_rows: R.
-        norms: From the rows (R, ...) of g, their layout and what scales the entries of a gradient
-            to squared norms (N,), by role.
-        flatten: How many of g's leading dimensions make up the rows.
-        seen: By role how the operation sees a parameter, as its transpose or in another shape.
-    """
-
-    edge: GradientEdge
-    names: dict[str, str]
-    num_rows: int
-    norms: NormsOf
-    flatten: int = 1
-    seen: Mapping[str, Seen] = field(default_factory=dict)
-
-    def squares(self, g: Tensor, layout: Layout, scales: Params | None = None) -> Norms:
-        """||s J_i^T u_i||^2 of every example, (N,) by name.
-
-        Args:
-            g: The gradient of the operation's output.
-            layout: Of its rows.
-            scales: s by name, 0-dim or of the parameter's shape, those that are wanted; 1 for all
-                where it is None.
-        """
-        wanted = self.names.items() if scales is None else [
-            (role, name) for role, name in self.names.items() if name in scales
-        ]  # fmt: skip
-        own: dict[str, Tensor | None] = {}
-        for role, name in wanted:
-            scale = None if scales is None else scales[name]
-            own[role] = None if scale is None or not scale.dim() else self.seen[role](scale)
-        norms = self.norms(self.rows(g), layout, own)
-        result = {name: norms[role] for role, name in wanted}
-        if scales is None:
-            return result
-        return {n: v if scales[n].dim() else v * scales[n].square() for n, v in result.items()}
-
-    def rows(self, g: Tensor) -> Tensor:
-        """G as rows (R, ...)."""
-        return g.flatten(0, self.flatten - 1)
-
-
-def find_uses(logits: Tensor, params: Params) -> list[Use]:
-    """The operations of a forward pass whose parameters have a rule and are used once.
-
-    Args:
-        logits: The output of the pass, with the graph that it has recorded.
-        params: The parameters of interest by name.
-    """
-    names = {id(p): name for name, p in params.items()}
-    leaf_of: dict[Any, str] = {}  # a parameter's node, or that of its transpose, cast or view
-    seen: dict[Any, Seen] = {}
-    consumers: dict[str, list[tuple[Any, int]]] = {name: [] for name in params}
-    for node in topological(logits):
-        if hasattr(node, "variable"):
-            if id(node.variable) in names:
-                leaf_of[node] = names[id(node.variable)]
-                seen[node] = _as_it_is
-            continue
-        inputs = [following for following, _ in node.next_functions]
-        if inputs and inputs[0] in leaf_of and operation(node) in _SEEN:
-            leaf_of[node] = leaf_of[inputs[0]]
-            seen[node] = _after(seen[inputs[0]], _SEEN[operation(node)](node))
-            continue
-        for place, following in enumerate(inputs):
-            if following in leaf_of:
-                consumers[leaf_of[following]].append((node, place))
-    roles: dict[Any, dict[str, str]] = {}
-    for name, places in consumers.items():
-        if len(places) == 1:
-            node, place = places[0]
-            role = ROLES.get(operation(node), {}).get(place)
-            if role is not None:
-                roles.setdefault(node, {}).setdefault(role, name)
-    uses = (_use(node, own, seen) for node, own in roles.items())
-    return [use for use in uses if use is not None]
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _after(first: Seen, then: Seen) -> Seen:
-    return lambda tensor: then(first(tensor))
-
-
-def _as_view(node: Any) -> Seen:
-    shape = output_shape(node)
-    return lambda tensor: tensor.reshape(shape)
-
-
-_SEEN: dict[str, Callable[[Any], Seen]] = {
-    "T": lambda _: lambda tensor: tensor.mT,
-    "ToCopy": lambda _: _as_it_is,
-    "View": _as_view,
-    "Unsqueeze": _as_view,
-    "ReshapeAlias": _as_view,
-}
-
-
-def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
-    kind, flatten = operation(node), 1
-    if node._input_metadata[0].dtype.is_complex:
-        return None
-    if kind in RULES:
-        if "other" in names:  # a parameter where the activations should be
-            return None
-        norms = RULES[kind](node)
-    else:
-        place = next(i for i, (n, _) in enumerate(node.next_functions) if n in seen)
-        operand = _shape_at(node, place)
-        flatten = lead(node, operand)
-        norms = broadcast(node, place, operand) if flatten else None
-    if norms is None:
-        return None
-    shape = output_shape(node)
-    if kind in ("NativeLayerNorm", "Embedding"):
-        flatten = len(shape) - (1 if kind == "Embedding" else len(node._saved_normalized_shape))
-    num_rows = math.prod(shape[:flatten])
-    own = {
-        role: seen[node.next_functions[place][0]] for place, role in ROLES[kind].items()
-        if role in names and node.next_functions[place][0] in seen
-    }  # fmt: skip
-    return Use(GradientEdge(node, 0), names, num_rows, norms, flatten, own)
-
-
-def _shape_at(node: Any, place: int) -> list[int]:
-    """The shape of a parameter as an operation sees it."""
-    operand = node.next_functions[place][0]
-    own = getattr(operand, "variable", None)
-    return output_shape(operand) if own is None else list(own.shape)
-
 
 _POWERS = 16
 
@@ -272,7 +116,7 @@ def differentiated_norms(
         return {name: torch.stack([row[name].square().sum() for row in rows]) for name in params}
 
     numbers = len(cotangents) * sum(p.numel() for p in params.values())
-    size = max(1, norm_rules.CHUNK // numbers)
+    size = at_once(numbers)
     try:
         with warnings.catch_warnings():  # slow where torch has no batching rule, but right
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)

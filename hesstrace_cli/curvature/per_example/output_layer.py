@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.norm_rules import Norms, in_full, output_shape
-from hesstrace_cli.curvature.per_example.norms import Use, gradients
+from hesstrace_cli.curvature.per_example.norms import gradients
+from hesstrace_cli.curvature.per_example.rules.layout import Norms, in_full, output_shape
+from hesstrace_cli.curvature.per_example.uses import Use
 from hesstrace_cli.tasks import Task
 
 # What moves numbers and changes none:

@@ -22,15 +22,15 @@ from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.independence import Unfit, check_independence, check_others
 from hesstrace_cli.curvature.per_example.linearity import why_not_linear
-from hesstrace_cli.curvature.per_example.norm_rules import Layout, Norms, output_shape
 from hesstrace_cli.curvature.per_example.norms import (
     check_layouts,
     differentiated_norms,
-    find_uses,
     gradients,
     rule_norms,
 )
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
+from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms, output_shape
+from hesstrace_cli.curvature.per_example.uses import find_uses
 from hesstrace_cli.curvature.probes import rademacher
 
 
