@@ -136,7 +136,7 @@ def ggn_vp(
             raise
         # Fused recurrent layers and many a custom Function have no forward derivative.
         outputs, pushed = _pushed_backward(outputs_of, params, probe)
-    cotangent = task.curve(outputs, targets, pushed).detach() / task.num_terms(targets)
+    cotangent = task.curve(outputs, targets, pushed).detach() / task.divisor(targets)
     return gradient((outputs * cotangent).sum(), params)
 
 

@@ -58,7 +58,7 @@ def batch_samples(
 
     The arguments are those of `root_gradients`, and M, if not that of the targets.
     """
-    num_terms = task.num_terms(targets) if num_terms is None else num_terms
+    num_terms = num_terms or task.divisor(targets)
     return [
         torch.stack(list(traces_of(g, keep, num_terms).values())).sum()
         for keep, g in root_gradients(
@@ -80,7 +80,7 @@ def samples_of_parts(
     remaining, samples = iter(sums), []
     for keep, own in local:
         whole = {name: next(remaining) for name in own}
-        samples.append(trace_sample_of_parts(own, whole, keep, num_terms))
+        samples.append(trace_sample_of_parts(own, whole, keep, num_terms or 1))
     return samples
 
 
@@ -179,7 +179,7 @@ def _sample(
     if curvature == "ggn":
         traces = trace_sample_at(
             lambda p: objective.outputs(p, X), params, lambda f: task.root(f, y, signs), parts,
-            task.num_terms(y),
+            task.divisor(y),
         )  # fmt: skip
         return torch.stack(list(traces.values())).sum()
     return quadratic_form(lambda p: objective.loss(p, X, y), params, parts, mode="forward")

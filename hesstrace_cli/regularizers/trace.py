@@ -297,7 +297,7 @@ class TraceRegularizer(Coupled):
         samples_of = self._examples.samples if self.by_example else batch_samples
         return samples_of(
             outputs, params, task, y, draws=self.draws, generator=generator,
-            num_terms=num_terms or 1,
+            num_terms=num_terms,
         )  # fmt: skip
 
     @property

@@ -120,6 +120,10 @@ class Task(ABC):
     def num_terms(self, targets: Tensor) -> int:
         """M, the number of terms that the mean loss of a batch is over."""
 
+    def divisor(self, targets: Tensor) -> int:
+        """M; 1 where no term counts, of which sums are 0 and so are their means."""
+        return self.num_terms(targets) or 1
+
     # -- the loss
 
     @abstractmethod

@@ -156,7 +156,7 @@ class SoftmaxTask(Task):
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        return summed / max(1, self.num_terms(targets))
+        return summed / self.divisor(targets)
 
     def described_loss(self) -> str:
         """Says that terms weigh by their class, and that targets are smoothed, where they are."""
@@ -248,7 +248,7 @@ class SoftmaxTask(Task):
         if self.ignored is None:
             return entropies.mean()
         counts = targets != self.ignored
-        return (entropies * counts).sum() / max(1, int(counts.sum()))
+        return (entropies * counts).sum() / self.divisor(targets)
 
 
 def check_probabilities(targets: Tensor, where: str) -> None:

@@ -20,8 +20,8 @@ from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.matrix import CurvatureMatrix
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example import norms as per_example
-from hesstrace_cli.curvature.per_example.norms import find_uses
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
+from hesstrace_cli.curvature.per_example.uses import find_uses
 from hesstrace_cli.curvature.spectrum.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.trace.estimators import (
     Stop,
@@ -257,38 +257,53 @@ def test_evaluation_and_input_jacobian(name):
     assert jacobian.value == pytest.approx(J.square().sum().item() / len(case.X), rel=1e-9)
 
 
-SHARED = ("tokens, relu", "pixels, relu", "labels between, tanh, layer norm")
+SHARED = (
+    "tokens weighted, relu, sequence first, in an object", "pixels smoothed, group norm, tanh",
+    "labels between, tanh, layer norm",
+)  # fmt: skip
+METHODS = {
+    "exact": {"method": "exact"},
+    "hutchinson": {"method": "hutchinson", "num_probes": 30},
+    "hutch++": {"method": "hutch++", "num_probes": 15},
+    "xtrace": {"method": "xtrace", "num_probes": 12},
+}  # fmt: skip
 
 
 def shared_work(rank, ports):
-    """In each of two processes: shares, an exact trace, a random one, a product; by case."""
+    """In each of two processes: shares, and of both curvatures every method and a product."""
     ranks, found = joined(rank, 2, ports), {}
     for name in SHARED:
         case = case_of(name)
         data = data_loss(case.model, case.split, 4, ranks)
-        shares = [batch.share for batch in data]
-        v = torch.ones(len(dense(name)["ggn"]), 1, dtype=torch.float64)
-        exact, drawn = (
-            estimate(case.model, case.split, config(curvature="ggn", batch_size=4, **own),
-                     ranks=ranks).result
-            for own in ({"method": "exact"}, {"method": "hutchinson", "num_probes": 30})
-        )  # fmt: skip
-        found[name] = shares, exact, drawn, CurvatureMatrix(data, "ggn") @ v
+        found[name] = [batch.share for batch in data]
+        for curvature in CURVATURES:
+            v = torch.ones(len(dense(name)[curvature]), 1, dtype=torch.float64)
+            results = {
+                method: estimate(
+                    case.model, case.split, config(curvature=curvature, batch_size=4, **settings),
+                    ranks=ranks,
+                ).result
+                for method, settings in METHODS.items()
+            }  # fmt: skip
+            found[name, curvature] = results, CurvatureMatrix(data, curvature) @ v
     return found
 
 
 def test_two_processes_get_what_one_gets(tmp_path):
     first, second = run_job(2, shared_work, tmp_path)
     for name in SHARED:
-        (shares, exact, drawn, product), others = first[name], second[name]
-        assert sum(shares) + sum(others[0]) == pytest.approx(1)
-        assert_exact(exact, name, "ggn")
-        assert others[1] == exact
-        assert_near(drawn, name, "ggn")
-        assert others[2] == drawn
-        expected = dense(name)["ggn"].sum(1, keepdim=True)
-        torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(others[3], product)
+        assert sum(first[name]) + sum(second[name]) == pytest.approx(1)
+        for curvature in CURVATURES:
+            (results, product), (others, other_product) = (
+                found[name, curvature] for found in (first, second)
+            )
+            assert others == results
+            assert_exact(results["exact"], name, curvature)
+            for method in METHODS:
+                assert_near(results[method], name, curvature)
+            expected = dense(name)[curvature].sum(1, keepdim=True)
+            torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(other_product, product)
 
 
 def closed(layer, task, X, y):

@@ -144,7 +144,7 @@ class ByExample:
         if not self.ways or (len(outputs) > 1 and self._learned_from_one):
             self.examine(outputs, params, task)
             self._learned_from_one = len(outputs) == 1
-        num_terms = task.num_terms(targets) if num_terms is None else num_terms
+        num_terms = num_terms or task.divisor(targets)
         uses = find_uses(outputs, params)
         closed, missed = self._closed(outputs, uses, params, task, targets)
         rest = {name: p for name, p in params.items() if self.ways[name].kind != "closed"}
