@@ -29,6 +29,7 @@ def test_there_is_a_page_for_each_thing_to_add():
         "estimator",
         "model",
         "data-set",
+        "norm-rule",
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.checks.norm_rules import refuse_wrong_rules
 from hesstrace_cli.curvature.detached import Detached
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.independence import MixedExamples, Unfit
@@ -71,6 +72,7 @@ def choose_method(
 
     Raises:
         ConfigError: If "exact" is asked for and there is no exact way for this model.
+        DerivativeError: If a user's norm rule is wrong.
         Unfit: If a method turns out not to be right; one more call, told so, chooses another.
     """
     detached = next((p for p in unfit if isinstance(p, Detached)), None)
@@ -88,6 +90,7 @@ def choose_method(
     is_hessian = config.curvature == "hessian"
     per_example = None
     if inseparable is None:
+        refuse_wrong_rules(objective, X)
         per_example = PerExampleTrace(objective, X, linear=is_hessian and curved is None)
         if curved is None:
             return _of_ggn(config, per_example, X)

@@ -135,6 +135,7 @@ def _look(check: Check, found: dict[str, list[Row]]) -> bool:
         "estimate": check.estimate,
         "estimate of G": check.estimate_of_ggn,
         "penalty on tr(G)": check.ggn,
+        "norm rules": check.norm_rules,
     }
     for name, look in looks.items():
         if name not in found or not is_settled(found[name]):

@@ -25,6 +25,7 @@ from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
 from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
+from hesstrace_cli.curvature.checks.norm_rules import refuse_wrong_rules
 from hesstrace_cli.curvature.hessian import Mode
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.by_example import ByExample
@@ -177,6 +178,7 @@ class TraceRegularizer(Coupled):
         objective, X = setting.objective, setting.X[: setting.num_tried]
         with random_state_kept():
             outputs = recorded_outputs(objective.model, objective.params, X)
+        refuse_wrong_rules(objective, X)
         self._examples.examine(outputs, objective.params, objective.task)
         form = "batch" if self._examples.is_batch else "example"
         self.form = FormChoice(form, self._examples.described())

@@ -19,6 +19,7 @@ from hesstrace_cli.curvature.checks.differences import (
     Accuracy,
     Differences,
 )
+from hesstrace_cli.curvature.checks.norm_rules import rule_rows
 from hesstrace_cli.curvature.checks.verdicts import (
     Row,
     compared,
@@ -148,6 +149,13 @@ class Check:
                 raise reason from problem
             return Row(name, "refused", str(reason))
         return value.item(), grads
+
+    def norm_rules(self) -> list[Row]:
+        """Rows for every rule of per-example norms that the model uses."""
+        return rule_rows(
+            self.objective, self.X, self._generator, direction=self.u, accuracy=self.accuracy,
+            prefix=self.prefix,
+        )  # fmt: skip
 
     def ggn(self, *, as_function: bool = False) -> list[Row]:
         """Rows for a sample of tr(G), as the penalty on it takes it, and for its gradient.

@@ -94,8 +94,9 @@ def compared(
 
 
 def compared_gradients(
-    name: str, found: Params, truths: Iterable[Params], u: Params, tolerance: float
-) -> Row:
+    name: str, found: Params, truths: Iterable[Params], u: Params, tolerance: float,
+    by: str = "by differences",
+) -> Row:  # fmt: skip
     """The same for a gradient, which has to agree in each tensor.
 
     Args:
@@ -104,6 +105,7 @@ def compared_gradients(
         truths: By differences, one a step.
         u: A direction with entries of the weights' sizes; the figures shown are along it.
         tolerance: Relative, of each tensor's part.
+        by: What the truths are taken by.
     """
     if not all(torch.isfinite(part).all() for part in found.values()):
         return Row(name, "wrong", NOT_FINITE)
@@ -122,7 +124,7 @@ def compared_gradients(
     except NoDifferencesError as problem:
         return Row(name, "unsettled", str(problem))
     along = [torch.stack([(g[n] * u[n]).sum() for n in u]).sum().item() for g in (found, truth)]
-    detail = f"{along[0]:.6g}, by differences {along[1]:.6g}"
+    detail = f"{along[0]:.6g}, {by} {along[1]:.6g}"
     if verdict != "right":
         off = errors(found, truth)
         at = max(off, key=off.__getitem__)

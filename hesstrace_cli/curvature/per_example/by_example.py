@@ -22,7 +22,6 @@ from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.differentiable import held_statistics
 from hesstrace_cli.autodiff.graph import Params
-from hesstrace_cli.curvature.per_example.linearity import operation
 from hesstrace_cli.curvature.per_example.norms import check_layouts
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
 from hesstrace_cli.curvature.per_example.rules.layout import Layout
@@ -37,7 +36,7 @@ class Way:
 
     Attributes:
         kind: "closed", "example" or "batch".
-        operation: That has the rule.
+        operation: Or layer, that has the rule.
         strided: Of the layout of its rows.
         single: Whether there is one row an example, so that nothing is known of the layout.
         reason: Why it is not by example.
@@ -56,7 +55,7 @@ class Way:
             return False
         if self.single:  # whatever it is called: batch norm is another one where it is synced
             return rows == 1
-        return self.operation == operation(use.edge.node)
+        return self.operation == use.kind
 
 
 class ByExample:
@@ -99,8 +98,7 @@ class ByExample:
                     self.ways[name] = Way("batch", reason=reason)
                     continue
                 single = use.num_rows == len(outputs)
-                kind = operation(use.edge.node)
-                self.ways[name] = Way("example", kind, layouts[name].strided, single)
+                self.ways[name] = Way("example", use.kind, layouts[name].strided, single)
         for name in params.keys() - self.ways.keys():
             self.ways[name] = Way("batch", reason="used twice, or in an operation without a rule")
 

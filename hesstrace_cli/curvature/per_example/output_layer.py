@@ -42,6 +42,7 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
         ||h_m||^2 of each of the N T terms, counted or not, by the weight's name, 1 by the bias's;
         nothing where there is no such layer.
     """
+    uses = [use for use in uses if not use.users]
     if outputs.dim() == 2:  # one term a row, so that nothing needs to be found out
         own = next((u for u in uses if u.edge.node is _without_cast(outputs.grad_fn)), None)
         if own is not None and operation(own.edge.node) in ("Addmm", "Mm"):

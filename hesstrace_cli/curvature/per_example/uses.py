@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesstrace_cli.autodiff.graph import Params, topological
+from hesstrace_cli.curvature.per_example.layer_calls import LayerCall, calls_at
 from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.registry import ROLES, RULES
+from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, ROLES, RULES
 from hesstrace_cli.curvature.per_example.rules.broadcast import broadcast, lead
 from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms, NormsOf, output_shape
+from hesstrace_cli.curvature.per_example.users_rules import rule_of_function, rule_of_layer
 
 Seen = Callable[[Tensor], Tensor]
 """What is done with a parameter, of which no number changes, before an operation takes it."""
@@ -32,6 +34,7 @@ class Use:
             to squared norms (N,), by role.
         flatten: How many of g's leading dimensions make up the rows.
         seen: By role how the operation sees a parameter, as its transpose or in another shape.
+        users: What a user's rule is of, as "layer Scale"; nothing where the rule is built in.
     """
 
     edge: GradientEdge
@@ -40,6 +43,12 @@ class Use:
     norms: NormsOf
     flatten: int = 1
     seen: Mapping[str, Seen] = field(default_factory=dict)
+    users: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What has the rule."""
+        return self.users or operation(self.edge.node)
 
     def squares(self, g: Tensor, layout: Layout, scales: Params | None = None) -> Norms:
         """||s J_i^T u_i||^2 of every example, (N,) by name.
@@ -79,7 +88,9 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
     leaf_of: dict[Any, str] = {}  # a parameter's node, or that of its transpose, cast or view
     seen: dict[Any, Seen] = {}
     consumers: dict[str, list[tuple[Any, int]]] = {name: [] for name in params}
+    calls: list[tuple[Any, LayerCall]] = []
     for node in topological(logits):
+        calls += ((node, call) for call in calls_at(node))
         if hasattr(node, "variable"):
             if id(node.variable) in names:
                 leaf_of[node] = names[id(node.variable)]
@@ -93,15 +104,55 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
         for place, following in enumerate(inputs):
             if following in leaf_of:
                 consumers[leaf_of[following]].append((node, place))
+    found = list(_of_layers(calls, names, consumers))
+    done = {name for use in found for name in use.names.values()}
     roles: dict[Any, dict[str, str]] = {}
     for name, places in consumers.items():
-        if len(places) == 1:
+        if len(places) == 1 and name not in done:
             node, place = places[0]
-            role = ROLES.get(operation(node), {}).get(place)
+            role = str(place) if _is_users(node) else ROLES.get(operation(node), {}).get(place)
             if role is not None:
                 roles.setdefault(node, {}).setdefault(role, name)
-    uses = (_use(node, own, seen) for node, own in roles.items())
-    return [use for use in uses if use is not None]
+    uses = (
+        _use_of_function(node, own, seen) if _is_users(node) else _use(node, own, seen)
+        for node, own in roles.items()
+    )
+    return found + [use for use in uses if use is not None]
+
+
+def _is_users(node: Any) -> bool:
+    return getattr(type(node), "_forward_cls", None) in FUNCTION_RULES
+
+
+def _of_layers(
+    calls: list[tuple[Any, LayerCall]], names: Mapping[int, str],
+    consumers: Mapping[str, list[tuple[Any, int]]],
+) -> Iterator[Use]:  # fmt: skip
+    """Layers with a rule, and those of their parameters that nothing else uses."""
+    done: set[str] = set()
+    for node, call in calls:
+        inside = call.inside(node) if call.is_intact else set()
+        own = {
+            role: name for role, p in call.params.items()
+            if (name := names.get(id(p))) is not None and name not in done and consumers[name]
+            and all(consumer in inside for consumer, _ in consumers[name])
+        }  # fmt: skip
+        if own and (shape := list(node._input_metadata[call.place].shape)):
+            done |= set(own.values())
+            kind, norms = rule_of_layer(call)
+            seen = dict.fromkeys(own, _as_it_is)
+            yield Use(GradientEdge(node, call.place), own, shape[0], norms, 1, seen, kind)
+
+
+def _use_of_function(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
+    shape = output_shape(node)
+    shapes = {role: _shape_at(node, int(role)) for role in names}
+    found = rule_of_function(node, shapes) if shape else None
+    if found is None:
+        return None
+    kind, norms = found
+    own = {role: seen[node.next_functions[int(role)][0]] for role in names}
+    return Use(GradientEdge(node, 0), names, shape[0], norms, 1, own, kind)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
