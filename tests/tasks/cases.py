@@ -109,7 +109,8 @@ IMAGES = normal(N, 1, 3, 2, seed=5)
 MASKS = unevenly_ignored(integers(C, N, 3, 2), 255)
 NUMBERS = normal(N, D, seed=6)
 LABELS = integers(2, N, D)
-HARD, SMOOTH = Classification(), Classification(label_smoothing=0.2, class_weights=WEIGHTS)
+HARD, WEIGHTED = Classification(), Classification(class_weights=WEIGHTS)
+SMOOTH = Classification(label_smoothing=0.2, class_weights=WEIGHTS)
 PIXELS = Segmentation(ignore_index=255)
 
 CASES = {
@@ -119,8 +120,11 @@ CASES = {
         HARD, mlp(C, nn.ReLU(), batch_norm(nn.BatchNorm1d(4))), VECTORS, CLASSES
     ),
     "classes weighted and smoothed, relu": lambda: (SMOOTH, mlp(C, nn.ReLU()), VECTORS, CLASSES),
+    "classes weighted, batch norm, tanh": lambda: (
+        WEIGHTED, mlp(C, nn.Tanh(), batch_norm(nn.BatchNorm1d(4))), VECTORS, CLASSES
+    ),
     "probabilities weighted, layer norm": lambda: (
-        Classification(class_weights=WEIGHTS), mlp(C, nn.ReLU(), nn.LayerNorm(4)), VECTORS, SOFT
+        WEIGHTED, mlp(C, nn.ReLU(), nn.LayerNorm(4)), VECTORS, SOFT
     ),
     "probabilities, in a dict, relu": lambda: (
         HARD, Wrapped(mlp(C, nn.ReLU()), dict), VECTORS, SOFT
@@ -134,6 +138,9 @@ CASES = {
         Tokens(class_weights=WEIGHTS),
         Wrapped(Sequences(nn.ReLU(), sequence_first=True), SimpleNamespace), TOKENS, NEXT,
     ),
+    "tokens weighted, layer norm": lambda: (
+        Tokens(class_weights=WEIGHTS), Sequences(nn.GELU(), nn.LayerNorm(4)), TOKENS, NEXT
+    ),
     "tokens, tied": lambda: (Tokens(), Sequences(nn.ReLU(), tied=True), TOKENS, NEXT),
     "tokens, one of each, sequence first, relu": lambda: (
         Tokens(), Sequences(nn.ReLU(), sequence_first=True), TOKENS[:, :1],
@@ -144,6 +151,9 @@ CASES = {
         unevenly_ignored(integers(C, N, 2), -100)[:, 1:],
     ),
     "pixels, relu": lambda: (PIXELS, pixels(nn.ReLU()), IMAGES, MASKS),
+    "pixels weighted, tanh": lambda: (
+        Segmentation(ignore_index=255, class_weights=WEIGHTS), pixels(nn.Tanh()), IMAGES, MASKS
+    ),
     "pixels, wide kernel, batch norm": lambda: (
         PIXELS, pixels(nn.ReLU(), batch_norm(nn.BatchNorm2d(4)), kernel=3), IMAGES, MASKS
     ),
@@ -152,6 +162,7 @@ CASES = {
         pixels(nn.Tanh(), nn.GroupNorm(2, 4)), IMAGES, MASKS,
     ),
     "numbers, relu": lambda: (Regression(), mlp(D, nn.ReLU()), VECTORS, NUMBERS),
+    "numbers, tanh": lambda: (Regression(), mlp(D, nn.Tanh()), VECTORS, NUMBERS),
     "numbers, tanh, layer norm": lambda: (
         Regression(), mlp(D, nn.Tanh(), nn.LayerNorm(4)), VECTORS, NUMBERS
     ),
@@ -160,6 +171,7 @@ CASES = {
         Regression(), pixels(nn.ReLU()), IMAGES, normal(N, C, 3, 2, seed=9)
     ),
     "labels, relu": lambda: (Multilabel(), mlp(D, nn.ReLU()), VECTORS, LABELS),
+    "labels, tanh": lambda: (Multilabel(), mlp(D, nn.Tanh()), VECTORS, LABELS),
     "labels between, tanh, layer norm": lambda: (
         Multilabel(), mlp(D, nn.Tanh(), nn.LayerNorm(4)), VECTORS, torch.sigmoid(NUMBERS)
     ),

@@ -6,6 +6,9 @@ loss in words; gradients along a direction by differences of these values.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -74,7 +77,10 @@ def dense_sample(case, signs, kinds):
 @pytest.mark.parametrize("form", ["batch", "example"])
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gauss_newton_part(name, form):
-    case = case_of(name)
+    check_on_ggn(case_of(name), form)
+
+
+def check_on_ggn(case, form):
     params = trainable(case.model)
     outputs = recorded_outputs(case.model, params, case.X)
     signs = draw_signs(outputs, generator())
@@ -92,9 +98,21 @@ def test_on_the_gauss_newton_part(name, form):
     assert along(value, params, u) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "batch norm" in name])
+def test_through_batch_statistics(name):
+    case = case_of(name)
+    training = dataclasses.replace(case, model=copy.deepcopy(case.model).train())
+    assert not torch.allclose(training.model(case.X), case.model(case.X))
+    check_on_ggn(training, "batch")
+    check_on_hessian(training)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_hessian(name):
-    case = case_of(name)
+    check_on_hessian(case_of(name))
+
+
+def check_on_hessian(case):
     params = trainable(case.model)
     w, u = flat_params(case), direction(case)
     probe = Draws().probe(params, generator())
