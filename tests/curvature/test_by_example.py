@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.by_example import ByExample
 from hesstrace_cli.curvature.probes import Draws, draw_signs
+from hesstrace_cli.curvature.trace_penalty import batch_samples
 from tests.curvature.test_exact import SHAPES, build
 from tests.curvature.zoo import make
 
@@ -80,6 +83,61 @@ def test_every_rule_and_its_derivative(name, scheme, monkeypatch):
     whole = [name for name, way in form.ways.items() if way.kind == "batch"]
     truth = per_example_truth(truthful(objective, X), objective, y, keep, signs, whole)
     assert_same(value, truth, objective.params)
+
+
+HALVES = ["transformer", "embedding", "depthwise", "group_norm", "batch_norm_2d", "sequence first",
+          "conv1d, stride, dilation", "conv_transpose, groups", "tokens and positions"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALVES)
+def test_in_half_precision_rules_are_as_right_as_autograd(name, dtype, monkeypatch):
+    """Every example differentiated through the same graph, whose rounding is then the same."""
+    monkeypatch.setattr(
+        "hesstrace_cli.curvature.per_example.by_example.output_layer", lambda *_: {}
+    )
+    objective, X, y = build(SHAPES[name])
+    objective.model.float()
+    params = objective.params
+    with torch.autocast("cpu", dtype):
+        outputs = forward(objective, X.float()).float()
+    form = ByExample()
+    (value,) = form.samples(
+        outputs, params, objective.task, y, draws=Draws(scheme="none"), generator=generator()
+    )  # fmt: skip
+    whole = [n for n, way in form.ways.items() if way.kind == "batch"]
+    assert whole == (["token"] if name == "tokens and positions" else [])
+    keep, signs = {n: torch.ones(()) for n in params}, draw_signs(outputs, generator())
+    truth = per_example_truth(outputs, objective, y, keep, signs, whole)
+    torch.testing.assert_close(value, truth, rtol=0.02, atol=1e-6)
+    own, true = gradient(value, params), gradient(truth, params)
+    size = max(g.norm() for g in true.values())
+    for n, g in true.items():
+        assert (own[n] - g).norm() <= 0.03 * g.norm() + 1e-3 * size, n
+
+
+def test_over_all_signs_both_forms_are_equal(monkeypatch):
+    """The mean over all signs of value and gradient, the output layer in closed form."""
+    objective, X, y = build(SHAPES["group_norm"])
+    X, y = X[:2], y[:2]
+    outputs = forward(objective, X)
+    form, draws = ByExample(), Draws(scheme="none")
+    found = {"example": [], "batch": []}
+    every = itertools.product((-1.0, 1.0), repeat=outputs.numel())
+    signs = [torch.tensor(each, dtype=outputs.dtype).view_as(outputs) for each in every]
+    remaining = iter([each for each in signs for _ in found])
+    for module in ("per_example.by_example", "trace_penalty"):
+        name = f"hesstrace_cli.curvature.{module}.draw_signs"
+        monkeypatch.setattr(name, lambda *_: next(remaining))
+    for _ in signs:
+        given = (outputs, objective.params, objective.task, y)
+        found["example"] += form.samples(*given, draws=draws, generator=generator())
+        found["batch"] += batch_samples(*given, draws=draws, generator=generator())
+    assert {way.kind for way in form.ways.values()} == {"example", "closed"}
+    means = {name: torch.stack(values).mean() for name, values in found.items()}
+    assert_same(means["example"], means["batch"], objective.params, rtol=1e-12)
+    spread = {name: torch.stack(values).std() for name, values in found.items()}
+    assert spread["example"] < spread["batch"] / 3
 
 
 class Statistics(TorchFunctionMode):

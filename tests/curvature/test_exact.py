@@ -281,8 +281,39 @@ def sequence_first(m, X):
     return F.linear(hidden, m.head)[-1] * m.factor
 
 
+def frozen(case, *names):
+    """The case with some of its parameters frozen."""
+
+    def made():
+        model = case()
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    return made
+
+
 SHAPES = {
     **{name: case for name, case in CASES.items() if name != "instance_norm"},
+    "residual, groups, a kernel of one": Residual,
+    "used twice, side by side": Siamese,
+    "used twice, in a row": TwiceInARow,
+    "a frozen weight, its bias free": frozen(CASES["layer_norm"], "0.weight", "1.weight"),
+    "a frozen bias, its weight free": frozen(CASES["group_norm"], "0.bias", "1.bias"),
+    "frozen between": frozen(CASES["depthwise"], "2.weight", "3.bias"),
+    **{
+        f"conv2d, {name}": lambda settings=settings, kernel=kernel: Function(
+            lambda m, X: torch.tanh(F.conv2d(
+                F.pad(X.reshape(-1, 2, 2, 2), (1, 2, 2, 1)), m.kernel, m.bias, **settings
+            )).flatten(2).mean(2) @ m.head,
+            kernel=kernel, bias=(4,), head=(4, 3),
+        )
+        for name, settings, kernel in (
+            ("stride", {"stride": (2, 1), "padding": (0, 1)}, (4, 2, 2, 3)),
+            ("dilation", {"dilation": (1, 2)}, (4, 2, 3, 2)),
+            ("groups", {"groups": 2, "stride": 2, "dilation": 2, "padding": 1}, (4, 1, 2, 2)),
+        )
+    },
     "sequence first": lambda: Function(
         sequence_first, a=(3, 2), b=(3,), scale=(3,), shift=(3,), head=(3, 3), factor=()
     ),
