@@ -10,7 +10,6 @@ import shutil
 import pytest
 import torch
 
-from hesstrace_cli.analysis.evaluation import collapse
 from hesstrace_cli.comparison.table import PLANNED, check_comparable, collect
 from hesstrace_cli.config import TrainConfig, to_yaml
 from hesstrace_cli.curvature.statistics import StratifiedMean
@@ -18,6 +17,7 @@ from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting import tables
 from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.tasks import Classification
+from hesstrace_cli.tasks.classification import collapse
 from tests.conftest import TINY, assert_one_line_error, invoke
 
 

@@ -456,3 +456,28 @@ def test_data_that_changed_under_auto_is_found(tmp_path):
         runs.append({**made("none", number, task, folder=str(folder)), "dataset": "x.npz"})
     with pytest.raises(ConfigError, match="task multilabel and regression"):
         check_comparable(runs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_other_commands_take_every_task(task, at, tmp_path):
+    folder, config, *_ = at(task)
+    flags = (folder / "last.pt", "--model", config.model, "--json", "-")
+    trace = json.loads(invoke("estimate-trace", *flags, "--per-layer").stdout)
+    assert trace["stderr"] == 0
+    spectrum = invoke(
+        "spectrum", *flags, "--steps", "30", "--num-probes", "2", "--slice", "1",
+        "--slice-points", "3", "--lr", "0.1", "--plot", tmp_path / "s.png",
+    )  # fmt: skip
+    assert spectrum.exit_code == 0, spectrum.output
+    found = json.loads(spectrum.stdout)
+    assert (found["task"], found["loss"]) == (task, pytest.approx(trace["loss"], rel=1e-5))
+    assert 0 < found["eigenvalues"][0] < 1.01 * trace["trace"]
+    assert found["flatness"]["plain"]["worst"] > 0
+    assert (tmp_path / "s.png").is_file()
+    bits = invoke("sensitivity", *flags, "--average-bits", "4", "--check", "--all-weights")
+    assert bits.exit_code == 0, bits.output
+    record = json.loads(bits.stdout)
+    assert record["task"] == task
+    own = {each["name"]: each["trace"] for each in trace["per_layer"]}
+    for weight in record["weights"]:
+        assert weight["trace"] == pytest.approx(own[weight["name"]], rel=1e-5)

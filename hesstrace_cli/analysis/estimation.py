@@ -15,7 +15,7 @@ from torch import Generator, nn
 
 import hesstrace_cli
 from hesstrace_cli import records
-from hesstrace_cli.analysis.evaluation import collapse_of, evaluate, generalization_report
+from hesstrace_cli.analysis.evaluation import evaluate, generalization_report
 from hesstrace_cli.analysis.loading import describe, load_checkpoint, select_device
 from hesstrace_cli.analysis.method_choice import DEFAULT_PROBES, choose_method
 from hesstrace_cli.autodiff.calls import draws_random_numbers, eval_mode, trainable
@@ -267,7 +267,7 @@ def trace_record(
         "num_parameters": sum(p.numel() for p in params.values()),
         "loss": found.loss,
         "accuracy": found.accuracy,
-        "collapsed": collapse_of(found, split),
+        "collapsed": split.task.collapse(found.loss, found.metrics, split.targets),
         "task": split.task.name,
         "selection": split.task.selection.as_dict(),
         "loss_name": split.task.described_loss(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,6 @@ from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.data import DataSet, Split
 from hesstrace_cli.randomness import stream_generator
-from hesstrace_cli.tasks import SoftmaxTask
 
 MOST_COLUMNS = 32
 
@@ -66,51 +64,6 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
 def finite(number: float | None) -> float | None:
     """The number; None where it is infinite or none, as no JSON can hold it."""
     return number if number is not None and math.isfinite(number) else None
-
-
-_FAR = 10.0  # times log C
-
-
-def collapse_of(found: Evaluation, split: Split) -> str | None:
-    """`collapse` of an evaluation; nothing is said where examples have no class each."""
-    if split.task.name != "classification" or split.targets.is_floating_point():
-        return None
-    weights = split.task.class_weights if isinstance(split.task, SoftmaxTask) else None
-    return collapse(found.loss, found.metrics["accuracy"], split.targets, weights)
-
-
-def collapse(
-    loss: float, accuracy: float, labels: Tensor, weights: Sequence[float] | None = None
-) -> str | None:
-    """Whether a network tells no more than nothing of these examples, and by what; None if not.
-
-    Whoever names every class with its share of the examples, whatever the input, has a loss of the
-    shares' entropy, the least that is possible so, and at most the largest share as accuracy. With
-    class weights the shares are those of the weights' sum, by which the losses are multiplied.
-
-    Args:
-        loss: The mean cross-entropy on the examples.
-        accuracy: On them.
-        labels: Theirs.
-        weights: Of the classes in the loss; None weighs all alike.
-    """
-    classes, counts = labels.cpu().unique(return_counts=True)
-    shares = counts.double() / len(labels)
-    largest = shares.max().item()
-    if weights is not None:
-        shares = shares * torch.tensor(weights, dtype=torch.float64)[classes]
-    whole = shares.sum().item()
-    entropy = torch.special.entr(shares).sum().item() + math.log(max(whole, 1e-300)) * whole
-    guess = whole * math.log(max(2, len(counts)))
-    if loss > _FAR * guess:
-        return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
-    noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
-    if entropy > 0 and loss >= 0.99 * entropy and accuracy <= largest + noise:
-        return (
-            f"accuracy {accuracy:.3g} and loss {loss:.3g} are no better than those of the classes' "
-            f"shares alone, {largest:.3g} and {entropy:.3g}"
-        )
-    return None
 
 
 def input_jacobian(

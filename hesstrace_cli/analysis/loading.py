@@ -20,6 +20,7 @@ from hesstrace_cli.models import build_model, is_plugin
 from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.files import check_apart, files_of
+from hesstrace_cli.tasks import Task
 
 
 def select_device(name: str) -> torch.device:
@@ -177,7 +178,7 @@ def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list
 
 
 def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
-    """Try the model on two examples.
+    """Try the model on a few examples.
 
     Returns:
         The number of its outputs: of classes, or of the numbers of a target.
@@ -185,10 +186,9 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     Raises:
         ModelError: If it does not take them, or gives what the task does not expect.
     """
-    X, y = next(data.test.batches(2))
+    X, y = next(data.test.batches(_few(data)))
     with eval_mode(model):
-        outputs = _try(model, X, name, "eval mode")
-    data.task.check_outputs(outputs, y, name)
+        outputs = _try(model, X, y, data.task, name, "eval mode")
     width = data.task.width(outputs)
     if width < data.num_classes:
         raise ModelError(
@@ -202,20 +202,25 @@ def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
     """Try the model in training mode, in which some give more than logits.
 
     Raises:
-        ModelError: If it does not take them, or what it gives is no tensor of logits.
+        ModelError: If it does not take them, or gives what the task does not expect.
     """
-    X, _ = next(data.train.batches(2))
+    X, y = next(data.train.batches(_few(data)))
     if len(X) < 2:
         return
     with random_state_kept():
-        _try(model.train(), X, name, "training mode")
+        _try(model.train(), X, y, data.task, name, "training mode")
 
 
-def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
+def _few(data: DataSet) -> int:
+    """So many examples that outputs with their axes the other way round have another shape."""
+    return 3 if data.num_classes == 2 else 2
+
+
+def _try(model: nn.Module, X: Tensor, y: Tensor, task: Task, name: str, mode: str) -> Tensor:
     """The outputs of a model in its present mode.
 
     Raises:
-        ModelError: If it does not take the inputs, or what it gives is no tensor of logits.
+        ModelError: If it does not take the inputs, or gives what the task does not expect.
     """
     try:
         with torch.enable_grad():
@@ -229,15 +234,18 @@ def _try(model: nn.Module, X: Tensor, name: str, mode: str) -> Tensor:
         raise ModelError(
             f"model {name!r} does not take inputs of shape {tuple(X.shape[1:])}: {reason}"
         ) from problem
-    _check_output(logits, name, mode)
+    _check_output(logits, task, name, mode)
+    task.check_outputs(logits, y, name)
     return logits
 
 
-def _check_output(output: Tensor, name: str, mode: str) -> None:
-    if not output.is_floating_point() or output.layout is not torch.strided:
-        kind = str(output.dtype).removeprefix("torch.")
+def _check_output(output: Tensor, task: Task, name: str, mode: str) -> None:
+    is_dense = output.layout is torch.strided and not output.is_meta
+    if not output.is_floating_point() or not is_dense:
+        kind = "" if is_dense else "sparse " if not output.is_meta else "meta "
         raise ModelError(
-            f"model {name!r} gives a tensor of {kind} in {mode}, expected logits in floating point"
+            f"model {name!r} gives a {kind}tensor of {str(output.dtype).removeprefix('torch.')} in "
+            f"{mode}; --task {task.name} expects {task.expects}, dense and in floating point"
         )
     if not output.requires_grad:
         raise ModelError(

@@ -34,8 +34,8 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     Example: hesstrace train --reg trace --lambda 0.01
     """
     settings = resolve(TrainConfig, flags, _stored(flags) if config is None else config)
-    row = parse_regularizers(settings.reg, settings.lambda_)
-    warn_of_unused(settings, row)
+    strengths = parse_regularizers(settings.reg, settings.lambda_)
+    warn_of_unused(settings, strengths)
 
     with screen.doing(f"loading {settings.dataset} and {settings.model}"):
         from hesstrace_cli.training.run import Run
@@ -47,7 +47,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())
     else:
-        summary = train_with_progress(run, regularizers_name(row))
+        summary = train_with_progress(run, regularizers_name(strengths))
     assert summary is not None
     screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
 

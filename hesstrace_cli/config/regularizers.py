@@ -128,7 +128,7 @@ def parse_regularizers(entries: Sequence[str], lambda_: float | None) -> dict[st
         raise ConfigError(
             f"--lambda could mean each of {', '.join(open_penalties)}; write NAME=STRENGTH for them"
         )
-    row = {}
+    strengths = {}
     for name, strength in terms:
         if strength is None:
             strength = lambda_ if name in open_penalties else None
@@ -136,8 +136,8 @@ def parse_regularizers(entries: Sequence[str], lambda_: float | None) -> dict[st
             strength = _declared(name).default
         if strength is None:
             raise ConfigError(f"{name!r} has no default strength; write {name}=STRENGTH")
-        row[name] = strength
-    return row
+        strengths[name] = strength
+    return strengths
 
 
 def parse_tune(entries: Sequence[str]) -> dict[str, list[float]]:
@@ -183,9 +183,9 @@ def tuned_rows(
     return rows
 
 
-def regularizers_name(row: Mapping[str, float]) -> str:
-    """The canonical name of a row: "none", or `name=strength` joined with commas."""
-    return ",".join(f"{name}={_shortest(value)}" for name, value in row.items()) or "none"
+def regularizers_name(strengths: Mapping[str, float]) -> str:
+    """The canonical name of regularizers: "none", or `name=strength` joined with commas."""
+    return ",".join(f"{name}={_shortest(value)}" for name, value in strengths.items()) or "none"
 
 
 def _shortest(value: float) -> str:

@@ -111,7 +111,7 @@ def targets_of(values: Any, name: str) -> Tensor:
     if isinstance(values, (Tensor, np.ndarray)):
         if values.ndim == 0:
             raise DataError(f"{name}: the targets are a single number, expected one an example")
-        return _of_examples(_numbers(values, name))
+        return _of_examples(_numbers(values, name), name)
     return stacked([target_of(value, name) for value in values], name)
 
 
@@ -160,10 +160,14 @@ def stacked(targets: Sequence[Tensor], name: str) -> Tensor:
         )
     if not targets:
         return torch.zeros(0, dtype=torch.int64)
-    return _of_examples(torch.stack([t.to(targets[0].dtype) for t in targets]))
+    return _of_examples(torch.stack([t.to(targets[0].dtype) for t in targets]), name)
 
 
-def _of_examples(targets: Tensor) -> Tensor:
+def _of_examples(targets: Tensor, name: str) -> Tensor:
+    if len(targets) and not targets.numel():
+        raise DataError(
+            f"{name}: targets have shape {tuple(targets.shape)}, expected numbers in them"
+        )
     floats = targets.is_floating_point()
     return targets[:, None] if floats and targets.dim() == 1 else targets
 

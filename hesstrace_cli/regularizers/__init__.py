@@ -12,11 +12,11 @@ from hesstrace_cli.regularizers.base import Coupled, Part, Regularizer, Setting,
 __all__ = ["Coupled", "Part", "Regularizer", "Setting", "Step", "Term", "build"]
 
 
-def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
-    """The regularizers of a row; one with strength 0 is left out, as it changes nothing.
+def build(strengths: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
+    """The regularizers by name; one with strength 0 is left out, as it changes nothing.
 
     Args:
-        row: Strengths by name, as `config.parse_regularizers` gives them; a name may be a user's
+        strengths: By name, as `config.parse_regularizers` gives them; a name may be a user's
             `FILE.py:Class`.
         config: The run's settings.
 
@@ -24,7 +24,7 @@ def build(row: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:
         ConfigError: If a user's file or class is not there, or is no regularizer.
     """
     built: list[Regularizer] = []
-    for name, strength in row.items():
+    for name, strength in strengths.items():
         if strength == 0:
             continue
         factory = load_factory(REGULARIZERS[name].made_by if name in REGULARIZERS else name,

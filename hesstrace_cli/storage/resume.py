@@ -64,12 +64,12 @@ def why_not_longer(
     rates = [[learning_rate(now, share) for share in own] for own in shares]
     if rates[0] != rates[1]:
         return f"with --schedule {now.schedule} the learning rate of the steps done depends on it"
-    row = parse_regularizers(now.reg, now.lambda_)
-    own = [name for name in row if ":" in name]
+    strengths = parse_regularizers(now.reg, now.lambda_)
+    own = [name for name in strengths if ":" in name]
     if own:
         return f"what {own[0]} did in the steps done may depend on it"
     ramps = [[ramp(now.warmup, share) for share in shares_of] for shares_of in shares]
-    if "trace" in row and ramps[0] != ramps[1]:
+    if "trace" in strengths and ramps[0] != ramps[1]:
         return f"--warmup {now.warmup:g} is a share of the run, and the steps done depend on it"
     return None
 

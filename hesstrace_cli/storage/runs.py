@@ -35,9 +35,9 @@ def default_folder(config: TrainConfig, root: str = "runs") -> Path:
 
     Files of one name in two folders are told apart by a few digits of their path's hash.
     """
-    row = regularizers_name(parse_regularizers(config.reg, config.lambda_))
-    terms = [_short(*term.rpartition("=")[::2]) for term in row.split(",") if "=" in term]
-    parts = [_short(config.dataset), _short(config.model), "+".join(terms) or row]
+    name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
+    terms = [_short(*term.rpartition("=")[::2]) for term in name.split(",") if "=" in term]
+    parts = [_short(config.dataset), _short(config.model), "+".join(terms) or name]
     return Path(root) / "-".join([*parts, f"seed{config.seed}"])
 
 

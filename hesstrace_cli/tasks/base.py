@@ -45,7 +45,7 @@ class Selection:
 
 
 class Meter(ABC):
-    """EpochSums over the batches of a data set, on the device and without waiting for it."""
+    """Sums over the batches of a data set, on the device and without waiting for it."""
 
     @abstractmethod
     def add(self, outputs: Tensor, targets: Tensor) -> None:
@@ -146,6 +146,16 @@ class Task(ABC):
     def described_loss(self) -> str:
         """What the mean is of, with what this task's settings make of it."""
         return self.loss_name
+
+    def collapse(self, loss: float, metrics: Mapping[str, float], targets: Tensor) -> str | None:
+        """Whether a network tells nothing of these examples, and by what; None if not known.
+
+        Args:
+            loss: Its mean loss.
+            metrics: Those of the examples.
+            targets: Theirs.
+        """
+        return None
 
     # -- its curvature in the outputs; M stays out of these
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from hesstrace_cli.tasks.base import Meter, Selection, wrong_outputs, wrong_targ
 from hesstrace_cli.tasks.softmax import SoftmaxTask, check_probabilities
 
 _BINS = 15
+_FAR = 10.0  # times log C
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Classification(SoftmaxTask):
     def meter(self) -> Meter:
         """Accuracy, its mean over the classes, and the calibration error."""
         return ClassMeter()
+
+    def collapse(self, loss: float, metrics: Mapping[str, float], targets: Tensor) -> str | None:
+        """`collapse` where every example has a class."""
+        if targets.is_floating_point():
+            return None
+        return collapse(loss, metrics["accuracy"], targets, self.class_weights)
 
     def mixable(self, targets: Tensor, num_outputs: int) -> Tensor:
         """Probabilities."""
@@ -100,3 +108,37 @@ class ClassMeter(Meter):
             "balanced_accuracy": (correct[present] / count[present]).mean().item(),
             "calibration_error": gaps.abs().sum().item() / len(right),
         }
+
+
+def collapse(
+    loss: float, accuracy: float, labels: Tensor, weights: Sequence[float] | None = None
+) -> str | None:
+    """Whether a network tells no more than nothing of these examples, and by what; None if not.
+
+    Whoever names every class with its share of the examples, whatever the input, has a loss of the
+    shares' entropy, the least that is possible so, and at most the largest share as accuracy. With
+    class weights the shares are those of the weights' sum, by which the losses are multiplied.
+
+    Args:
+        loss: The mean cross-entropy on the examples.
+        accuracy: On them.
+        labels: Theirs.
+        weights: Of the classes in the loss; None weighs all alike.
+    """
+    classes, counts = labels.cpu().unique(return_counts=True)
+    shares = counts.double() / len(labels)
+    largest = shares.max().item()
+    if weights is not None:
+        shares = shares * torch.tensor(weights, dtype=torch.float64)[classes]
+    whole = shares.sum().item()
+    entropy = torch.special.entr(shares).sum().item() + math.log(max(whole, 1e-300)) * whole
+    guess = whole * math.log(max(2, len(counts)))
+    if loss > _FAR * guess:
+        return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
+    noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
+    if entropy > 0 and loss >= 0.99 * entropy and accuracy <= largest + noise:
+        return (
+            f"accuracy {accuracy:.3g} and loss {loss:.3g} are no better than those of the classes' "
+            f"shares alone, {largest:.3g} and {entropy:.3g}"
+        )
+    return None

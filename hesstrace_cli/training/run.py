@@ -131,11 +131,11 @@ class Run:
         """Evaluate the last weights, estimate their trace, and write the summary."""
         summary, trainer = None, self.trainer
         if self.ranks.is_first:
-            row = parse_regularizers(self.config.reg, self.config.lambda_)
+            strengths = parse_regularizers(self.config.reg, self.config.lambda_)
             told = {r.name: r.description() for r in trainer.regularizers}
             summary = {
                 "schema": RUN_SCHEMA,
-                "regularizers": regularizers_name(row),
+                "regularizers": regularizers_name(strengths),
                 **summarize(trainer.model, trainer.data, self.config, self.folder.last),
                 "trace_penalty": told.get("trace"),
                 "seconds": trainer.seconds,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hesstrace_cli.analysis.estimation import top_eigenvalue, trace_record
-from hesstrace_cli.analysis.evaluation import collapse_of, evaluate, finite, input_jacobian
+from hesstrace_cli.analysis.evaluation import evaluate, finite, input_jacobian
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.data import DataSet, Split, stratified_order
@@ -55,7 +55,7 @@ def summarize(
         "num_terms": data.train.num_terms,
         "train_loss": train.loss,
         "train_accuracy": train.accuracy,
-        "collapsed": collapse_of(train, data.train),
+        "collapsed": data.task.collapse(train.loss, train.metrics, data.train.targets),
         "val_loss": None if val is None else finite(val.loss),
         "val_accuracy": None if val is None else val.accuracy,
         "test_loss": test.loss,

@@ -189,8 +189,8 @@ class Trainer:
             ConfigError: If one makes no sense for this task.
         """
         config, task = self.config, self.data.task
-        row = parse_regularizers(config.reg, config.lambda_)
-        for name in row:
+        strengths = parse_regularizers(config.reg, config.lambda_)
+        for name in strengths:
             if name in task.refuses:
                 raise ConfigError(
                     f"--reg {name} makes no sense with --task {task.name}: {task.refuses[name]}"
@@ -207,7 +207,7 @@ class Trainer:
             order = order[[task.num_terms(targets[i]) > 0 for i in order]]
         tried = min(_TRIED_EXAMPLES, config.batch_size)
         X, y = next(self.data.train.parts([order[: _MORE * tried]]))
-        regularizers = build(row, config)
+        regularizers = build(strengths, config)
         for regularizer in regularizers:
             self.objective = regularizer.attach(self.objective)
         setting = Setting(
