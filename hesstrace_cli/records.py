@@ -189,8 +189,8 @@ class Flatness(TypedDict):
     filter_normalized: Sharpness
 
 
-class Spectrum(Origin):
-    """`spectrum`."""
+class ModelSpectrum(TypedDict):
+    """`spectrum` of a model."""
 
     schema: str
     eigenvalues: list[float]
@@ -221,12 +221,17 @@ class Spectrum(Origin):
     loss_name: str
     num_terms: int
     metrics: Numbers
-    split: str
-    dtype: str
     device: str
     seed: int
     seconds: float
     versions: dict[str, str]
+
+
+class Spectrum(Origin, ModelSpectrum):
+    """`spectrum`."""
+
+    split: str
+    dtype: str
 
 
 class Verdict(TypedDict):
@@ -237,20 +242,25 @@ class Verdict(TypedDict):
     detail: str
 
 
-class Verification(TypedDict):
+class ModelVerification(TypedDict):
+    """`verify` of a model."""
+
+    task: str
+    right: bool
+    rows: list[Verdict]
+    device: str
+    seed: int
+    versions: dict[str, str]
+
+
+class Verification(ModelVerification):
     """`verify`."""
 
     schema: str
     model: str
     dataset: str
-    task: str
     task_note: str | None
-    right: bool
-    rows: list[Verdict]
     dtype: str
-    device: str
-    seed: int
-    versions: dict[str, str]
 
 
 class Rise(TypedDict):

@@ -30,10 +30,10 @@ from hesstrace_cli.curvature.per_example.independence import Unfit
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.spectrum.lanczos import Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.statistics import Mean
-from hesstrace_cli.curvature.trace.estimators import Stop, TraceEstimate, estimate_trace
+from hesstrace_cli.curvature.trace.estimators import Stop, Traces, estimate_trace
 from hesstrace_cli.curvature.trace.hutchpp import hutchpp
 from hesstrace_cli.curvature.trace.xtrace import xtrace
-from hesstrace_cli.data import DataSet, Split
+from hesstrace_cli.data import DataSet, Examples, Split
 from hesstrace_cli.distributed.parallel import ALONE, Ranks, join
 from hesstrace_cli.errors import ConfigError, ModelError, NumericsError
 from hesstrace_cli.randomness import stream_generator
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def data_loss(model: nn.Module, split: Split, batch_size: int, ranks: Ranks = ALONE) -> DataLoss:
+def data_loss(model: nn.Module, split: Examples, batch_size: int, ranks: Ranks = ALONE) -> DataLoss:
     """The mean loss over a split, in the model's own mode, over all trainable parameters."""
     return DataLoss(
         Objective(model, trainable(model), split.task),
@@ -83,8 +83,8 @@ def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimated:
-    """An estimate and how it was made.
+class TraceEstimate:
+    """An estimate of a trace and how it was made.
 
     Attributes:
         result: The trace, its parts and errors.
@@ -93,21 +93,65 @@ class Estimated:
         num_probes: Probes per batch and pass; products altogether for the sketching methods.
     """
 
-    result: TraceEstimate
+    result: Traces
     method: str
     reason: str
     num_probes: int
 
+    @property
+    def value(self) -> float:
+        """The trace over all trainable parameters."""
+        return self.result.total.value
+
+    @property
+    def stderr(self) -> float | None:
+        """Its standard error; 0 where it is exact, None where it is not known."""
+        return self.result.total.stderr
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The two-sided 95 % interval; None where the standard error is not known."""
+        return self.result.total.interval()
+
+    @property
+    def degrees(self) -> float:
+        """The degrees of freedom that the interval takes."""
+        return self.result.total.degrees
+
+    @property
+    def per_layer(self) -> dict[str, tuple[float, float | None]]:
+        """By the name of each parameter tensor its diagonal block's trace and standard error."""
+        return {name: (part.value, part.stderr) for name, part in self.result.tensors.items()}
+
+    @property
+    def passes(self) -> int:
+        """Passes over the data; products altogether for the sketching methods."""
+        return self.result.passes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, by the names that `hesstrace estimate-trace --json` has."""
+        return {
+            **_mean_record(self.result.total),
+            "ci95": _interval(self.result.total),
+            "method": self.method,
+            "reason": self.reason,
+            "num_probes": self.num_probes,
+            "passes": self.passes,
+            "per_layer": [
+                {"name": name, **_mean_record(part)} for name, part in self.result.tensors.items()
+            ],
+        }
+
 
 def estimate(
     model: nn.Module,
-    split: Split,
+    split: Examples,
     config: EstimateConfig,
     on_pass: OnPass | None = None,
     *,
     population: int | None = None,
     ranks: Ranks = ALONE,
-) -> Estimated:
+) -> TraceEstimate:
     """Estimate the trace of the mean loss's Hessian over a split, in eval mode.
 
     H is taken over all trainable parameters, with no augmentation. The model's modes, gradients,
@@ -173,7 +217,7 @@ def estimate(
                     inclusion=method.inclusion,
                     on_pass=on_pass,
                 )
-                return Estimated(result, method.name, reason, 0 if method.exact else num_probes)
+                return TraceEstimate(result, method.name, reason, 0 if method.exact else num_probes)
             except Unfit as problem:
                 unfit.append(problem)
 
@@ -194,7 +238,7 @@ def _by_sketch(
     config: EstimateConfig,
     generator: Generator,
     on_pass: OnPass | None,
-) -> Estimated:
+) -> TraceEstimate:
     """Hutch++ or XTrace, with twice the products until the stopping rule holds."""
     matrix = CurvatureMatrix(data, config.curvature)
     params, ranks = data.objective.params, data.ranks
@@ -217,8 +261,8 @@ def _by_sketch(
         seconds = time.monotonic() - begin
         if ranks.from_first(stop.reached(total, passes + num_products, seconds, LEAST_DEGREES)):
             names = dict(zip(params, parts, strict=True))
-            whole = TraceEstimate(total, names, passes, None)
-            return Estimated(whole, config.method, "as asked for", num_products)
+            whole = Traces(total, names, passes, None)
+            return TraceEstimate(whole, config.method, "as asked for", num_products)
         num_products *= 2
 
 
@@ -252,15 +296,12 @@ def trace_record(
     estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)
     result = estimated.result
     params = trainable(model)
+    made = estimated.to_dict()
+    layers = made.pop("per_layer")
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        **_mean_record(result.total),
-        "ci95": _interval(result.total),
+        **made,
         "curvature": config.curvature,
-        "method": estimated.method,
-        "reason": estimated.reason,
-        "num_probes": estimated.num_probes,
-        "passes": result.passes,
         "num_examples": len(split),
         "num_population": population or len(split),
         "subset_stderr": result.subset_stderr,
@@ -276,8 +317,7 @@ def trace_record(
     }
     if config.per_layer or config.plot is not None:
         record["per_layer"] = [
-            {"name": name, "num_parameters": params[name].numel(), **_mean_record(part)}
-            for name, part in result.tensors.items()
+            {**layer, "num_parameters": params[layer["name"]].numel()} for layer in layers
         ]
     device = next(iter(params.values())).device
     record |= {

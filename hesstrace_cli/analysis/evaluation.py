@@ -9,11 +9,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hesstrace_cli import records
+from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs, outputs_of
 from hesstrace_cli.curvature.data_loss import check_counts
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
-from hesstrace_cli.data import DataSet, Split
+from hesstrace_cli.data import DataSet, Examples, Split
 from hesstrace_cli.randomness import stream_generator
 
 MOST_COLUMNS = 32
@@ -42,7 +43,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
+def evaluate(model: nn.Module, split: Examples, batch_size: int) -> Evaluation:
     """The mean loss and the metrics on a split, in eval mode.
 
     The host waits for the device once, at the end.
@@ -54,7 +55,8 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> Evaluation:
     task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
     with eval_mode(model):
         for X, y in split.batches(batch_size):
-            outputs = outputs_of(model(X))
+            args, kwargs = arguments_of(X)
+            outputs = outputs_of(model(*args, **kwargs))
             total = total.to(outputs.device)
             total += task.loss(outputs, y).double() * task.num_terms(y)
             meter.add(outputs, y)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import data_loss, versions
 from hesstrace_cli.analysis.evaluation import evaluate, finite
-from hesstrace_cli.analysis.loading import Loaded, describe, load_checkpoint
-from hesstrace_cli.autodiff.calls import draws_random_numbers
+from hesstrace_cli.analysis.loading import describe, load_checkpoint
+from hesstrace_cli.autodiff.calls import draws_random_numbers, eval_mode
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import SpectrumConfig
 from hesstrace_cli.curvature.checks.own_functions import check_own_functions
@@ -32,7 +33,7 @@ from hesstrace_cli.curvature.spectrum.density import Density, spectral_density
 from hesstrace_cli.curvature.spectrum.lanczos import Extremes, Krylov, extreme_eigenvalues
 from hesstrace_cli.curvature.spectrum.stability import sentence, stability
 from hesstrace_cli.curvature.statistics import Mean
-from hesstrace_cli.data import DataSet
+from hesstrace_cli.data import DataSet, Examples
 from hesstrace_cli.errors import ModelError, NumericsError
 from hesstrace_cli.randomness import stream_generator
 
@@ -55,10 +56,39 @@ def spectrum_of_checkpoint(
         HesstraceError: If the checkpoint cannot be read, does not fit, is random in eval mode,
             or has a loss that is not finite.
     """
-    begin = time.monotonic()
     loaded = load_checkpoint(path, config)
     on_loaded(loaded.data)
-    model, split = loaded.model, loaded.split
+    record, doubts = spectrum_record(loaded.model, loaded.split, config, loaded.run)
+    whole = {**record, "split": config.split, "dtype": config.dtype, **describe(path, loaded)}
+    return cast(records.Spectrum, whole), [*loaded.warnings, *doubts]
+
+
+@full_precision()
+def spectrum_record(
+    model: nn.Module, split: Examples, config: SpectrumConfig, run: Mapping[str, Any]
+) -> tuple[records.ModelSpectrum, list[str]]:
+    """Spectrum, stability and flatness of a model in eval mode as a record, and warnings.
+
+    H or G is that of the task's mean loss over the examples, all trainable parameters.
+
+    Args:
+        model: Left as it is.
+        split: The examples.
+        config: What to find, and how.
+        run: The optimizer's settings, where they are known: lr, momentum, weight_decay, ...
+
+    Raises:
+        ModelError: If the model is random in eval mode.
+        NumericsError: If its loss is not finite.
+    """
+    with eval_mode(model):
+        return _spectrum_record(model, split, config, run)
+
+
+def _spectrum_record(
+    model: nn.Module, split: Examples, config: SpectrumConfig, run: Mapping[str, Any]
+) -> tuple[records.ModelSpectrum, list[str]]:
+    begin = time.monotonic()
     if draws_random_numbers(model, next(split.batches(2))[0]):
         raise ModelError("the model draws random numbers in eval mode (an active Dropout?)")
     found = evaluate(model, split, config.batch_size)
@@ -77,7 +107,7 @@ def spectrum_of_checkpoint(
     record = {
         "schema": SCHEMA,
         **_spectrum(extremes, density),
-        "stability": _stability(extremes, density, config, loaded),
+        "stability": _stability(extremes, density, config, run),
         **_flatness(data, config),
         "curvature": config.curvature,
         "num_examples": len(split),
@@ -89,15 +119,12 @@ def spectrum_of_checkpoint(
         "loss_name": split.task.described_loss(),
         "num_terms": split.num_terms,
         "metrics": found.finite_metrics(),
-        "split": config.split,
-        "dtype": config.dtype,
         "device": str(like.device),
         "seed": config.seed,
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    warnings = [*loaded.warnings, *doubts, *_doubts(extremes, config)]
-    return cast(records.Spectrum, {**record, **describe(path, loaded)}), warnings
+    return cast(records.ModelSpectrum, record), [*doubts, *_doubts(extremes, config)]
 
 
 def _check_derivatives(data: DataLoss, config: SpectrumConfig) -> list[str]:
@@ -190,11 +217,11 @@ def _slice(
 
 
 def _stability(
-    extremes: Extremes, density: Density, config: SpectrumConfig, loaded: Loaded
+    extremes: Extremes, density: Density, config: SpectrumConfig, run: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """None where neither the flags nor the checkpoint give a learning rate of SGD."""
     # What another optimizer calls so is something else.
-    run = loaded.run if loaded.run.get("optimizer", "sgd") == "sgd" else {}
+    run = run if run.get("optimizer", "sgd") == "sgd" else {}
     lr = config.lr if config.lr is not None else run.get("lr")
     if lr is None:
         return None

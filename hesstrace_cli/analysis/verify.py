@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
-from hesstrace_cli.autodiff.calls import draws_random_numbers, native_outputs, trainable
+from hesstrace_cli.autodiff.calls import draws_random_numbers, eval_mode, native_outputs, trainable
 from hesstrace_cli.autodiff.differentiable import is_replaced
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import VerifyConfig
@@ -64,11 +64,8 @@ def verify(config: VerifyConfig) -> records.Verification:
     X, y = _first_batch(data.train, _MORE * first)
     again, _ = _first_batch(data.train, _MORE * first)
     rows = [_data_repeats(torch.equal(X, again))]
-    for mode in ("train", "eval"):
-        model.train(mode == "train")
-        objective = Objective(model, trainable(model), data.train.task)
-        with full_precision():
-            rows += _rows(objective, X, y, mode, config.seed, first)
+    objective = Objective(model, trainable(model), data.train.task)
+    rows += rows_of_modes(objective, X, y, config.seed, first)
     return {
         "schema": SCHEMA,
         "model": config.model,
@@ -82,6 +79,27 @@ def verify(config: VerifyConfig) -> records.Verification:
         "seed": config.seed,
         "versions": versions(),
     }
+
+
+@full_precision()
+def rows_of_modes(
+    objective: Objective, X: Tensor, y: Tensor, seed: int, first: int | None = None
+) -> list[Row]:
+    """The rows in training and in eval mode; the modules' own modes are afterwards as before.
+
+    Args:
+        objective: Of the model.
+        X: A batch.
+        y: Its targets.
+        seed: Of the directions looked along.
+        first: So many examples are tried first, all of them only where that proves nothing.
+    """
+    rows: list[Row] = []
+    with eval_mode(objective.model):  # which puts the modes back
+        for mode in ("train", "eval"):
+            objective.model.train(mode == "train")
+            rows += _rows(objective, X, y, mode, seed, first)
+    return rows
 
 
 def _first_batch(split: Split, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.errors import ModelError
@@ -88,7 +89,7 @@ def native_outputs(model: nn.Module, X: Tensor, params: Params | None = None) ->
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with differentiable_ops(order=1), _reading(model, params or {}):
-        return outputs_of(functional_call(model, {**buffers, **(params or {})}, (X,)))
+        return outputs_of(functional_call(model, {**buffers, **(params or {})}, *arguments_of(X)))
 
 
 def differentiable_outputs(model: nn.Module, params: Params, X: Tensor) -> Tensor:
@@ -99,20 +100,23 @@ def differentiable_outputs(model: nn.Module, params: Params, X: Tensor) -> Tenso
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with differentiable_ops(), _reading(model, params):
-        return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
+        return outputs_of(functional_call(model, {**params, **buffers}, *arguments_of(X)))
 
 
-def recorded_outputs(model: nn.Module, params: Params, X: Tensor) -> Tensor:
+def recorded_outputs(
+    model: nn.Module, params: Params, X: Tensor, *, by_example: bool = True
+) -> Tensor:
     """The outputs with a graph for second derivatives in reverse mode, buffers left as they are.
 
     Args:
         model: In the mode that is meant.
         params: The model's own.
         X: A batch.
+        by_example: Whether batch norm's statistics can be held, see `differentiable_ops`.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with differentiable_ops(order=2, by_example=True):
-        return outputs_of(functional_call(model, {**params, **buffers}, (X,)))
+    with differentiable_ops(order=2, by_example=by_example):
+        return outputs_of(functional_call(model, {**params, **buffers}, *arguments_of(X)))
 
 
 class _Reading(TorchFunctionMode):
@@ -153,7 +157,7 @@ def reads_by_other_names(model: nn.Module, X: Tensor) -> bool:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     watch = _Reading([(p, given[name]) for name, p in model.named_parameters()])
     with torch.no_grad(), random_state_kept(), watch:
-        functional_call(model, {**buffers, **given}, (X,))
+        functional_call(model, {**buffers, **given}, *arguments_of(X))
     return watch.found
 
 

@@ -18,6 +18,7 @@ from hesstrace_cli.data.sources import Arrays, Images, Source, is_data_plugin, o
 from hesstrace_cli.data.splits import (
     Collate,
     DatasetSplit,
+    Examples,
     Split,
     TensorSplit,
     readable,
@@ -27,7 +28,7 @@ from hesstrace_cli.data.targets import balanced_weights, count_outputs, task_and
 from hesstrace_cli.errors import DataError
 from hesstrace_cli.tasks import Task, task_of
 
-__all__ = ["DataSet", "Split", "is_data_plugin", "load_data", "stratified_order"]
+__all__ = ["DataSet", "Examples", "Split", "is_data_plugin", "load_data", "stratified_order"]
 
 _HELD = 1 << 29  # bytes of image files that are kept decoded, on the device
 _AUTO = "auto: "  # begins the reason of a task that was not named

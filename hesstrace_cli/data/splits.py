@@ -23,13 +23,8 @@ Batch = tuple[Tensor, Tensor]
 Item = TypeVar("Item")
 
 
-class Split(Protocol):
-    """Labelled examples that come in batches, preprocessed, on one device."""
-
-    @property
-    def targets(self) -> Tensor:
-        """What the task is to find, shape (N, ...)."""
-        ...
+class Examples(Protocol):
+    """Labelled examples that come in batches, the same each time: all that an estimate needs."""
 
     @property
     def task(self) -> Task:
@@ -45,14 +40,6 @@ class Split(Protocol):
         """The number of examples."""
         ...
 
-    def subset(self, indices: Tensor) -> Split:
-        """The split of the examples at `indices`, in that order."""
-        ...
-
-    def of_task(self, task: Task) -> Split:
-        """The same examples for a task."""
-        ...
-
     def batches(self, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Inputs and targets, batch by batch, in order; the last may be smaller.
 
@@ -61,6 +48,23 @@ class Split(Protocol):
             first: The number of the first batch given.
             stride: Each stride-th batch from there is given, the others are not read.
         """
+        ...
+
+
+class Split(Examples, Protocol):
+    """Labelled examples that come in batches, preprocessed, on one device."""
+
+    @property
+    def targets(self) -> Tensor:
+        """What the task is to find, shape (N, ...)."""
+        ...
+
+    def subset(self, indices: Tensor) -> Split:
+        """The split of the examples at `indices`, in that order."""
+        ...
+
+    def of_task(self, task: Task) -> Split:
+        """The same examples for a task."""
         ...
 
     def parts(self, indices: Sequence[Tensor]) -> Iterator[Batch]:

@@ -198,6 +198,10 @@ class Task(ABC):
         numbers = torch.arange(len(outputs), device=outputs.device)
         return numbers.reshape(-1, *[1] * (outputs.dim() - 1)).expand_as(outputs)
 
+    def any_targets(self, outputs: Tensor) -> Tensor | None:
+        """Targets with the same curvature as any others; None where it hangs on them."""
+        return None
+
     # -- what regularizers ask
 
     def smoothed(self, share: float) -> Task:

@@ -65,6 +65,10 @@ class Classification(SoftmaxTask):
             return None
         return collapse(loss, metrics["accuracy"], targets, self.class_weights)
 
+    def any_targets(self, outputs: Tensor) -> Tensor | None:
+        """The likeliest classes, as A knows of no class but by its weight."""
+        return outputs.detach().argmax(1) if self.class_weights is None else None
+
     def mixable(self, targets: Tensor, num_outputs: int) -> Tensor:
         """Probabilities."""
         if targets.is_floating_point():

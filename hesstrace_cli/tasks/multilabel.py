@@ -100,6 +100,10 @@ class Multilabel(Task):
         eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
         return self.root(outputs, targets, eye[:, None])
 
+    def any_targets(self, outputs: Tensor) -> Tensor | None:
+        """Zeros, as A knows nothing of them."""
+        return torch.zeros_like(outputs)
+
     def curvature_traces(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """sum_d p (1 - p) / D."""
         p = torch.sigmoid(outputs)

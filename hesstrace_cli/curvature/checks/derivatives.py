@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
-from torch.func import functional_call
 
-from hesstrace_cli.autodiff.calls import native_outputs, outputs_of
-from hesstrace_cli.autodiff.differentiable import differentiable_ops
+from hesstrace_cli.autodiff.calls import native_outputs, recorded_outputs
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner
 from hesstrace_cli.curvature.blame import derivative_error
 from hesstrace_cli.curvature.checks.differences import (
@@ -170,10 +168,7 @@ class Check:
         num_terms = objective.task.num_terms(self.y)
 
         def ordinary() -> Tensor:
-            buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
-            with differentiable_ops(order=2):
-                raw = functional_call(objective.model, {**params, **buffers}, (self.X,))
-                outputs = outputs_of(raw)
+            outputs = recorded_outputs(objective.model, params, self.X, by_example=False)
             parts = trace_sample(outputs, params, root(outputs), keep, num_terms)
             value = torch.stack(list(parts.values())).sum()
             check_graph(value)

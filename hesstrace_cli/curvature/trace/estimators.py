@@ -75,8 +75,8 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class TraceEstimate:
-    """An estimated trace.
+class Traces:
+    """An estimated trace and its parts.
 
     Attributes:
         total: The trace over all parameters, its standard error and degrees of freedom.
@@ -218,7 +218,7 @@ def estimate_trace(
     exact: bool = False,
     inclusion: Inclusion = EVERYTHING,
     on_pass: Callable[[int, Mean], None] | None = None,
-) -> TraceEstimate:
+) -> Traces:
     """Estimate a trace over a data set, pass by pass, until `stop` says so.
 
     Args:
@@ -259,4 +259,4 @@ def estimate_trace(
             examples = data.num_examples
             subset = running.subset_stderr(population or examples, examples)
             names = data.objective.params
-            return TraceEstimate(total, dict(zip(names, parts, strict=True)), passes, subset)
+            return Traces(total, dict(zip(names, parts, strict=True)), passes, subset)

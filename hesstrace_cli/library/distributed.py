@@ -1,0 +1,74 @@
+"""The penalty under DistributedDataParallel, which averages gradients over its processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hesstrace_cli.distributed.parallel import meeting
+from hesstrace_cli.regularizers import Coupled, Step, Term
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The processes whose gradients are averaged.
+
+    Attributes:
+        rank: Of this one, from 0; its examples are every `size`-th of the whole batch, as
+            DistributedSampler deals them out.
+        size: How many there are.
+        group: Of `torch.distributed`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def is_ddp(self) -> bool:
+        """Whether there is a group."""
+        return self.group is not None
+
+    def gathered(self, regularizer: Coupled, step: Step) -> Step:
+        """The step with what the regularizer sums over the processes, and the terms of them all."""
+        if self.size == 1 or not regularizer.gathers(step.index, step.progress):
+            return step
+        own = [tensor.detach() for tensor in regularizer.gather(step)]
+        num_terms = torch.tensor(float(step.part.num_terms), device=step.outputs.device)
+        self._sum_([*own, num_terms])
+        part = dataclasses.replace(step.part, num_terms=round(num_terms.item()))
+        return dataclasses.replace(step, part=part, gathered={regularizer.name: own})
+
+    def averaged(self, term: Term) -> Tensor:
+        """The term's value, with a gradient whose average over the processes is the whole's."""
+        if self.size == 1 or not term.is_whole:
+            return term.value  # a mean, as the loss is
+        constant = term.value.detach()
+        return constant + self.size * (term.value - constant)
+
+    def _sum_(self, tensors: Sequence[Tensor]) -> None:
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for own in by_type.values():
+            flat = torch.cat([tensor.flatten() for tensor in own])
+            with meeting():
+                dist.all_reduce(flat, group=self.group)
+            for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+
+def parallel_of(model: nn.Module) -> Parallel:
+    """The processes of a model's DistributedDataParallel; this one alone without."""
+    wrapped = getattr(model, "_orig_mod", model)
+    if not isinstance(wrapped, DistributedDataParallel):
+        return Parallel()
+    group = wrapped.process_group
+    return Parallel(dist.get_rank(group), dist.get_world_size(group), group)

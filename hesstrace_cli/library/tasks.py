@@ -1,0 +1,60 @@
+"""The task of a user's own loss, told from targets where it is not named."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hesstrace_cli.config import TASK_NAMES
+from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.hints import did_you_mean
+from hesstrace_cli.tasks import Task, choose_task, task_of
+from hesstrace_cli.tasks.base import shape_of
+
+
+def resolve_task(task: str | Task, targets: Tensor) -> Task:
+    """The task that is named, or that the targets are of.
+
+    Args:
+        task: A name, "auto", or a task with settings of its own, as `Tokens(ignore_index=0)`.
+        targets: Of a batch.
+
+    Raises:
+        ConfigError: If there is none of this name, or targets could be of several.
+        DataError: If no task has such targets.
+    """
+    if isinstance(task, Task):
+        return task
+    if task != "auto":
+        if task not in TASK_NAMES:
+            hint = did_you_mean(str(task), TASK_NAMES)
+            raise ConfigError(f"task is {task!r}, expected auto, {', '.join(TASK_NAMES)} or a "
+                              f"Task{hint}")  # fmt: skip
+        return task_of(task)
+    # The loss is the user's own here, so that what is guessed wrong would be a wrong number.
+    if targets.is_floating_point() and bool(((targets >= 0) & (targets <= 1)).all()):
+        raise ConfigError(
+            f"targets have {shape_of(targets)}, from 0 to 1: probabilities of classes, labels that "
+            'are there or not, or numbers to be met; give task="classification", "multilabel" or '
+            '"regression", as your loss has it'
+        )
+    return task_of(choose_task(targets)[0])
+
+
+def check_fit(task: Task, outputs: Tensor, targets: Tensor, model: str) -> None:
+    """Refuse outputs that do not fit the targets of a batch.
+
+    Args:
+        task: What they are for.
+        outputs: Of the batch.
+        targets: Of the same.
+        model: What to call the model in an error.
+
+    Raises:
+        DataError: If the targets are not the task's.
+        ModelError: If the outputs are of another shape, or there are too few of them.
+    """
+    task.check_targets(targets, "the batch")
+    task.check_outputs(outputs, targets, model)
+    needed, width = task.num_outputs(targets), task.width(outputs)
+    if task.num_terms(targets) and width < needed:
+        raise ModelError(f"{model} gives {width} outputs, and targets go up to {needed - 1}")
