@@ -188,7 +188,7 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     """
     X, y = next(data.test.batches(_few(data)))
     with eval_mode(model):
-        outputs = _try(model, X, y, data.task, name, "eval mode")
+        outputs = tried_outputs(model, X, y, data.task, name, "eval mode")
     width = data.task.width(outputs)
     if width < data.num_classes:
         raise ModelError(
@@ -208,7 +208,7 @@ def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
     if len(X) < 2:
         return
     with random_state_kept():
-        _try(model.train(), X, y, data.task, name, "training mode")
+        tried_outputs(model.train(), X, y, data.task, name, "training mode")
 
 
 def _few(data: DataSet) -> int:
@@ -216,7 +216,7 @@ def _few(data: DataSet) -> int:
     return 3 if data.num_classes == 2 else 2
 
 
-def _try(model: nn.Module, X: Tensor, y: Tensor, task: Task, name: str, mode: str) -> Tensor:
+def tried_outputs(model: nn.Module, X: Tensor, y: Tensor, task: Task, name: str, mode: str) -> Tensor:
     """The outputs of a model in its present mode.
 
     Raises:

@@ -35,6 +35,7 @@ from hesstrace_cli.curvature.per_example.linearity import why_not_linear
 from hesstrace_cli.data import Split, load_data
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.models import build_model
+from hesstrace_cli.randomness import random_state_kept
 
 SCHEMA = "hesstrace/verify/1"
 _MOST_NAMED = 3
@@ -85,7 +86,7 @@ def verify(config: VerifyConfig) -> records.Verification:
 def rows_of_modes(
     objective: Objective, X: Tensor, y: Tensor, seed: int, first: int | None = None
 ) -> list[Row]:
-    """The rows in training and in eval mode; the modules' own modes are afterwards as before.
+    """The rows in training and in eval mode; modes and random state are as before.
 
     Args:
         objective: Of the model.
@@ -95,7 +96,7 @@ def rows_of_modes(
         first: So many examples are tried first, all of them only where that proves nothing.
     """
     rows: list[Row] = []
-    with eval_mode(objective.model):  # which puts the modes back
+    with random_state_kept(), eval_mode(objective.model):  # which puts the modes back
         for mode in ("train", "eval"):
             objective.model.train(mode == "train")
             rows += _rows(objective, X, y, mode, seed, first)

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli.analysis.loading import tried_outputs
 from hesstrace_cli.autodiff.arguments import Arguments
-from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
+from hesstrace_cli.autodiff.calls import eval_mode
 from hesstrace_cli.errors import DataError, ModelError
 from hesstrace_cli.library.tasks import check_fit, resolve_task
 from hesstrace_cli.randomness import random_state_kept
@@ -117,10 +118,11 @@ def _check_outputs(model: nn.Module, X: Tensor, y: Tensor, task: Task) -> bool:
         ModelError: If its outputs do not fit, or its own loss is another one than the task's.
     """
     name = type(model).__name__
-    with eval_mode(model), torch.no_grad(), random_state_kept():
-        outputs = native_outputs(model, X)
+    with eval_mode(model), random_state_kept():
+        outputs = tried_outputs(model, X, y, task, name, "eval mode").detach()
         check_fit(task, outputs, y, name)
-        own = _own_loss(model, X, y)
+        with torch.no_grad():
+            own = _own_loss(model, X, y)
         if own is None:
             return False
         tried = {False: task.loss(outputs, y).item()}

@@ -31,7 +31,11 @@ def resolve_task(task: str | Task, targets: Tensor) -> Task:
                               f"Task{hint}")  # fmt: skip
         return task_of(task)
     # The loss is the user's own here, so that what is guessed wrong would be a wrong number.
-    if targets.is_floating_point() and bool(((targets >= 0) & (targets <= 1)).all()):
+    if (
+        targets.is_floating_point()
+        and targets.dim() > 1
+        and bool(((targets >= 0) & (targets <= 1)).all())
+    ):
         raise ConfigError(
             f"targets have {shape_of(targets)}, from 0 to 1: probabilities of classes, labels that "
             'are there or not, or numbers to be met; give task="classification", "multilabel" or '
