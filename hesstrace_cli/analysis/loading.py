@@ -216,7 +216,9 @@ def _few(data: DataSet) -> int:
     return 3 if data.num_classes == 2 else 2
 
 
-def tried_outputs(model: nn.Module, X: Tensor, y: Tensor, task: Task, name: str, mode: str) -> Tensor:
+def tried_outputs(
+    model: nn.Module, X: Tensor, y: Tensor, task: Task, name: str, mode: str
+) -> Tensor:
     """The outputs of a model in its present mode.
 
     Raises:

@@ -159,7 +159,7 @@ class TracePenalty:
             raise ModelError("the outputs have no graph; call the model with gradients on, and "
                              "give the penalty what it returned")  # fmt: skip
         targets = self._targets(outputs, targets)
-        self._prepare(self._watch.inputs(len(targets)), targets)
+        self._prepare(self._watch.inputs(len(targets)), targets, outputs)
         if not self._regularizer.of_g:
             raise ConfigError("the penalty on tr(H) takes passes of its own; write loss = "
                               "penalty.loss(X, y)")  # fmt: skip
@@ -241,7 +241,7 @@ class TracePenalty:
             )
         return made
 
-    def _prepare(self, X: Tensor | None, y: Tensor) -> None:
+    def _prepare(self, X: Tensor | None, y: Tensor, outputs: Tensor | None = None) -> None:
         """Before the first step, and where other parameters are trained than before."""
         names = list(trainable(self._inner))
         if names == self._prepared_for:
@@ -259,6 +259,12 @@ class TracePenalty:
             model = apart(self._inner)
             self._first = X, y = X[: _MORE * _TRIED].detach(), y[: _MORE * _TRIED]
             native = _plain_outputs(model, X)
+            if outputs is not None and outputs.shape[1:] != native.shape[1:]:
+                raise ModelError(
+                    f"the outputs have shape {tuple(outputs.shape)}, those of the model "
+                    f"{(len(outputs), *native.shape[1:])}; give the penalty what the model "
+                    "returned, and where some do not count, targets with the ignored index"
+                )
             check_fit(self.task, native, y, type(model).__name__)
             objective = Objective(model, trainable(model), self.task)
             setting = Setting(objective, X, y, _TRIED, self.task.width(native), 0, ALONE)

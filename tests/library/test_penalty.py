@@ -588,6 +588,8 @@ def test_wrong_batches_are_one_line():
     model, penalty = fresh()
     refused(lambda: penalty(model(X), Y + 7), ModelError, "gives 2 outputs", "up to 8")
     model, penalty = fresh()
+    refused(lambda: penalty(model(X)[:, :1], Y), ModelError, "(4, 1)", "(4, 2)")
+    model, penalty = fresh()
     outputs = filled(Small(), 1)(X)
     refused(lambda: penalty(outputs, Y), ModelError, "before the forward pass")
     model, penalty = fresh(penalty_examples=0.5)

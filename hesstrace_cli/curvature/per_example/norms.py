@@ -110,8 +110,9 @@ def differentiated_norms(
         Shape (K, N) by name.
     """
 
-    def one(x: Tensor, own: Tensor) -> Norms:
-        pull = vjp(lambda p: outputs_of(p, x[None])[0], dict(params))[1]
+    def one(row: Tensor, own: Tensor) -> Norms:
+        # By its row, as X may be several arguments of the model.
+        pull = vjp(lambda p: outputs_of(p, X[row[None]])[0], dict(params))[1]
         rows = [pull(u)[0] for u in own]
         return {name: torch.stack([row[name].square().sum() for row in rows]) for name in params}
 
@@ -120,7 +121,9 @@ def differentiated_norms(
     try:
         with warnings.catch_warnings():  # slow where torch has no batching rule, but right
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(X, cotangents)
+            mapped = vmap(one, in_dims=(0, 1), out_dims=1, chunk_size=size)(
+                torch.arange(len(X), device=X.device), cotangents
+            )
     except (RuntimeError, NotImplementedError) as problem:
         if is_of_the_machine(problem):
             raise
