@@ -8,13 +8,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hesstrace_cli.autodiff.calls import outputs_of
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def run_in_precision(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Make the model's forward pass run under autocast in training mode, logits in float32.
+    """Make the model's forward pass run under autocast in training mode, outputs in float32.
 
     Whoever calls the model, a penalty's derivatives included, gets the same; weights, gradients
     and evaluation stay in float32.
@@ -28,14 +30,13 @@ def run_in_precision(model: nn.Module, precision: str, device: torch.device) -> 
         return
     forward, dtype = model.forward, _TYPES[precision]
 
-    def in_half(*args: Any, **kwargs: Any) -> Tensor:
+    def in_half(*args: Any, **kwargs: Any) -> Any:
         if not model.training:
-            output: Tensor = forward(*args, **kwargs)
-            return output
+            return forward(*args, **kwargs)
         # Without the cache: it holds weights of another call under functional transforms.
         with torch.autocast(device.type, dtype, cache_enabled=False):
-            output = forward(*args, **kwargs)
-        return output.float()
+            outputs = outputs_of(forward(*args, **kwargs))
+        return outputs.float()
 
     model.forward = in_half
 

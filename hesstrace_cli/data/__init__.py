@@ -25,7 +25,7 @@ from hesstrace_cli.data.splits import (
     stratified_order,
 )
 from hesstrace_cli.data.targets import balanced_weights, count_outputs, task_and_reason
-from hesstrace_cli.errors import DataError
+from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.tasks import Task, task_of
 
 __all__ = ["DataSet", "Examples", "Split", "is_data_plugin", "load_data", "stratified_order"]
@@ -104,6 +104,11 @@ def load_data(
 
     train, test = split(source.train, "train"), split(source.test, "test")
     _check_kinds(source, config.dataset)
+    if config.mean is not None and _kind_of(source.train, config.dataset) == torch.int64:
+        raise ConfigError(
+            f"--mean and --std shift and scale numbers, and the inputs of {config.dataset} are "
+            "indices; leave them out"
+        )
     task, reason = task_and_reason(config, train.targets)
     for name, part in (("train", train), ("test", test)):
         task.check_targets(part.targets, f"{config.dataset} ({name})")

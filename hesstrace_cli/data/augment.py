@@ -18,8 +18,6 @@ def crop_flip(X: Tensor, *, generator: Generator, padding: int = 4) -> Tensor:
     Returns:
         Images of the same shape.
     """
-    if X.dim() != 4:
-        return X
     n, channels, height, width = X.shape
     padded = F.pad(X, [padding] * 4)
 

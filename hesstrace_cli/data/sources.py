@@ -25,6 +25,7 @@ from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.paths import is_file, is_folder
 from hesstrace_cli.plugins import call_factory, load_factory
+from hesstrace_cli.tasks.base import shape_of
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _HEADERS = {
@@ -128,7 +129,7 @@ def _meant(spec: str, known: Sequence[str]) -> str:
 
 
 def _resized(inputs: Tensor, image_size: int | None) -> Tensor:
-    if image_size is None or inputs.dim() != 4:
+    if image_size is None:
         return inputs
     transform = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
     resized: Tensor = transform(inputs)
@@ -196,6 +197,14 @@ def _arrays(inputs: Any, targets: Any, name: str, image_size: int | None) -> Arr
         and inputs.shape[1] not in (1, 3)
     ):
         inputs = inputs.permute(0, 3, 1, 2).contiguous()
+    if image_size is not None and (
+        inputs.dim() != 4 or inputs.dtype == torch.int64 or targets.dim() > 2
+    ):
+        raise ConfigError(
+            f"--image-size resizes images (N, C, H, W) with a target each; {name} has inputs of "
+            f"{shape_of(inputs)} and targets of {shape_of(targets)}; resize them where they are "
+            "made, or leave it out"
+        )
     return Arrays(_resized(inputs, image_size), targets)
 
 

@@ -29,10 +29,11 @@ class Cutout(Regularizer):
             ConfigError: If the inputs are no images, or the square is larger than they are.
         """
         side = round(self.strength)
-        if X.dim() != 4 or side > max(X.shape[2:]):
+        if X.dim() != 4 or not X.is_floating_point() or side > max(X.shape[2:]):
+            what = "" if X.is_floating_point() else " of indices"
             raise ConfigError(
                 f"cutout={side} erases a square of {side} pixels of images (C, H, W), the inputs "
-                f"have shape {tuple(X.shape[1:])}"
+                f"have shape {tuple(X.shape[1:])}{what}"
             )
 
         def covered(length: int) -> Tensor:  # (N, length)

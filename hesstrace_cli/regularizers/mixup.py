@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.regularizers.base import Regularizer, Setting
 
 
@@ -25,7 +26,13 @@ class Mixup(Regularizer):
     unit = "alpha of Beta(alpha, alpha)"
 
     def prepare(self, setting: Setting) -> None:
-        """Learn what targets become numbers that can be mixed."""
+        """Learn what targets become numbers that can be mixed.
+
+        Raises:
+            ConfigError: If the inputs or the targets have no means.
+        """
+        if not setting.X.is_floating_point():
+            raise ConfigError("mixup mixes inputs, and these are indices, which have no mean")
         self._mixable = partial(setting.objective.task.mixable, num_outputs=setting.num_outputs)
         self._mixable(setting.y)
 

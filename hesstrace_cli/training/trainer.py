@@ -37,6 +37,7 @@ from hesstrace_cli.regularizers import Part, Regularizer, Setting, build
 from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.resume import check_state
 from hesstrace_cli.storage.state import EpochSums
+from hesstrace_cli.tasks.base import shape_of
 from hesstrace_cli.training.step import Examples, Stepper, split_batch
 
 _MONITORED_EXAMPLES = 500
@@ -195,11 +196,6 @@ class Trainer:
                 raise ConfigError(
                     f"--reg {name} makes no sense with --task {task.name}: {task.refuses[name]}"
                 )
-        if config.augment != "none" and config.augment in task.refuses:
-            raise ConfigError(
-                f"--augment {config.augment} makes no sense with --task {task.name}: "
-                f"{task.refuses[config.augment]}"
-            )
         generator = Generator().manual_seed(derived_seed(config.seed, "order"))
         order = torch.randperm(len(self.data.train), generator=generator)
         targets = self.data.train.targets
@@ -207,6 +203,7 @@ class Trainer:
             order = order[[task.num_terms(targets[i]) > 0 for i in order]]
         tried = min(_TRIED_EXAMPLES, config.batch_size)
         X, y = next(self.data.train.parts([order[: _MORE * tried]]))
+        self._check_augmentation(X, y)
         regularizers = build(strengths, config)
         for regularizer in regularizers:
             self.objective = regularizer.attach(self.objective)
@@ -216,6 +213,26 @@ class Trainer:
         for regularizer in regularizers:
             regularizer.prepare(setting)
         return regularizers
+
+    def _check_augmentation(self, X: Tensor, y: Tensor) -> None:
+        """Refuse it of what is no image, and of images whose places have targets.
+
+        Raises:
+            ConfigError: If it would do nothing, or move an image and not its targets.
+        """
+        name = self.config.augment
+        if name == "none":
+            return
+        if X.dim() != 4 or not X.is_floating_point():
+            raise ConfigError(
+                f"--augment {name} moves what is in images (N, C, H, W), and inputs have "
+                f"{shape_of(X)}; leave it out"
+            )
+        if y.dim() > 2:
+            raise ConfigError(
+                f"--augment {name} moves what is in images, and their targets of {shape_of(y)} "
+                "would stay where they are; leave it out"
+            )
 
     @classmethod
     def of(cls, config: TrainConfig) -> Trainer:

@@ -221,3 +221,56 @@ def test_outputs_of_another_task_are_refused(settings):
     flags = settings("multilabel")  # whole numbers (N, D), which auto takes for tokens
     result = invoke("train", "--dataset", flags["dataset"], "--model", flags["model"])
     assert_one_line_error(result, 4, "--task tokens expects", "(N, T, C)")
+
+
+TEXT = """
+import torch
+from torch import nn
+
+class Text(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 6), nn.Linear(6, num_classes)
+
+    def forward(self, X):
+        assert X.dtype == torch.int64
+        return {"logits": self.head(torch.tanh(self.table(X)).mean(1))}
+"""
+
+
+@pytest.fixture
+def of_indices(tmp_path):
+    """Classes of whole sequences: the inputs are indices, the targets class numbers."""
+    (tmp_path / "text.py").write_text(TEXT)
+    y = TOKENS[:, 0] % 3
+    np.savez(tmp_path / "text.npz", x_train=TOKENS, y_train=y, x_test=TOKENS, y_test=y)
+    return ("train", "--dataset", tmp_path / "text.npz", "--model", f"{tmp_path}/text.py:Text",
+            "--epochs", "1", "--out", tmp_path / "r")  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [["--reg", "trace"], ["--precision", "bf16", "--reg", "trace"],
+                                   ["--channels-last"]])  # fmt: skip
+def test_indices_stay_indices(flags, of_indices):
+    result = invoke(*of_indices, *flags)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--reg", "mixup"], 2, "mixup mixes inputs, and these are indices"),
+        (["--reg", "jacobian"], 2, "these are indices"),
+        (["--reg", "cutout=1"], 2, "cutout=1 erases a square of 1 pixels of images"),
+        (["--augment", "crop-flip"], 2, "--augment crop-flip moves what is in images"),
+        (["--image-size", "4"], 2, "--image-size resizes images (N, C, H, W)"),
+        (["--mean", "0.5", "--std", "1"], 2, "are indices; leave them out"),
+    ],
+)
+def test_what_indices_do_not_take_is_refused(flags, code, words, of_indices):
+    assert_one_line_error(invoke(*of_indices, *flags), code, words)
+
+
+@pytest.mark.parametrize("more", [{"augment": "crop-flip"}, {"image_size": 3}])
+def test_masks_do_not_stay_where_images_move(more, settings, tmp_path):
+    with pytest.raises(ConfigError, match="targets of"):
+        make_run(tmp_path / "r", **settings("segmentation", **more))
