@@ -267,6 +267,21 @@ def train(model, penalty, steps, *, scaler=None, dtype=None):
     return losses
 
 
+def test_the_penalty_may_be_taken_inside_of_autocast_or_outside():
+    values = []
+    for inside in (True, False):
+        model = filled(Small()).float()
+        penalty = TracePenalty(model, 0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            with differentiable():
+                outputs = model(X.float())
+            if inside:
+                values.append(penalty(outputs, Y).item())
+        if not inside:
+            values.append(penalty(outputs, Y).item())
+    assert values[0] == pytest.approx(values[1], rel=0.02)
+
+
 @pytest.mark.parametrize("form", ["batch", "example"])
 def test_in_bfloat16_the_penalty_is_close(form):
     values = []

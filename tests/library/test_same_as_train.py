@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hesstrace_cli import TracePenalty, differentiable, estimate_trace
+from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.models import build_model
 from hesstrace_cli.randomness import derived_seed
 from hesstrace_cli.training.trainer import Trainer
@@ -125,6 +128,9 @@ def work(rank, ports):
             if parts == 1 or name in ("example", "H"):  # others are unbiased, no more
                 model = DistributedDataParallel(filled(Wide()))
                 found[name, parts] = three_steps(model, rank, 2, settings, parts)
+    sharded = fully_shard(filled(Wide()), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ConfigError, match="FSDP"):
+        TracePenalty(sharded, 0.3)
     return found
 
 
