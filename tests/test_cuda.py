@@ -72,6 +72,7 @@ def checks(record, without):
     ]
 
 
+RULES = "norm rule of"  # named by their kernels, which are others on CUDA
 # An LSTM has no forward derivative on CUDA, with cuDNN or without it.
 FORWARD = ("taylor mode", "forward mode")
 
@@ -82,14 +83,15 @@ def test_verified_as_on_the_cpu(found, name, without):
     assert cpu["exit_code"] == cuda["exit_code"] == 0, cpu.get("error", "") + cuda.get("error", "")
     assert cuda["device"].startswith("cuda")
     assert cuda["dtype"] == cpu["dtype"] == "float64"
-    verdicts, figures = checks(cpu, without)
-    same_verdicts, same_figures = checks(cuda, without)
+    verdicts, figures = checks(cpu, (*without, RULES))
+    same_verdicts, same_figures = checks(cuda, (*without, RULES))
     assert same_verdicts == verdicts
     assert same_figures == pytest.approx(figures, rel=1e-5)
     others = [
         row["verdict"] for row in cuda["rows"] if any(part in row["check"] for part in without)
     ]
     assert set(others) <= {"no"}, "what is refused where another mode is right"
+    assert {row["verdict"] for row in cuda["rows"] if RULES in row["check"]} == {"right"}
 
 
 def test_waits(found):
