@@ -86,6 +86,8 @@ def open_loader(model: nn.Module, data: Iterable[Any], task: str | Task) -> Load
         ConfigError: If the task cannot be told.
         ModelError: If the model's outputs are not as the task expects them.
     """
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is {_kind(data)}, expected a DataLoader or a list of batches (X, y)")
     if iter(data) is data:
         raise DataError(
             f"data is a {type(data).__name__}, which can be read only once; give a DataLoader or a "

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hesstrace_cli import records
@@ -22,6 +24,7 @@ from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import LARGEST, EstimateConfig, SpectrumConfig
 from hesstrace_cli.curvature.checks.verdicts import GOOD
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.errors import ModelError
 from hesstrace_cli.library.batches import as_batch, open_loader
 from hesstrace_cli.library.models import apart, device_of, unwrapped
 from hesstrace_cli.library.tasks import resolve_task
@@ -31,8 +34,36 @@ from hesstrace_cli.tasks import Task
 _WHOLE = LARGEST  # batches come as the loader gives them
 
 
-@naming_arguments()
-@full_precision()
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """In full precision, with gradients, whatever the loop around has on; errors name arguments."""
+    with ExitStack() as stack:
+        for context in (naming_arguments(), full_precision(), torch.inference_mode(False)):
+            stack.enter_context(context)
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _measured(model: nn.Module) -> nn.Module:
+    """What is to be measured of a model that the user gives.
+
+    Raises:
+        ModelError: If its parameters are in half precision.
+    """
+    inner = unwrapped(model)
+    half = [p.dtype for p in inner.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ModelError(
+            f"the model's parameters are {half[0]}, in which curvature is good to two digits; give "
+            "copy.deepcopy(model).float(), and inputs in float32"
+        )
+    return apart(inner)
+
+
+@_measuring()
 def estimate_trace(
     model: nn.Module,
     data: Iterable[Any],
@@ -93,11 +124,11 @@ def estimate_trace(
         dropout_scheme=dropout_scheme, keep_prob=keep_prob, max_passes=max_passes,
         max_seconds=max_seconds, seed=seed, batch_size=_WHOLE,
     )  # fmt: skip
-    inner = apart(unwrapped(model))
+    inner = _measured(model)
     return estimate(inner, open_loader(inner, data, task), config, on_pass)
 
 
-@naming_arguments()
+@_measuring()
 def spectrum(
     model: nn.Module,
     data: Iterable[Any],
@@ -146,7 +177,7 @@ def spectrum(
         max_products=max_products, lr=lr, momentum=momentum, nesterov=nesterov, radius=radius,
         num_directions=num_directions, seed=seed, batch_size=_WHOLE,
     )  # fmt: skip
-    inner = apart(unwrapped(model))
+    inner = _measured(model)
     run = {"lr": lr, "weight_decay": weight_decay}
     record, doubts = spectrum_record(inner, open_loader(inner, data, task), config, run)
     for doubt in doubts:
@@ -154,7 +185,7 @@ def spectrum(
     return record
 
 
-@naming_arguments()
+@_measuring()
 def verify(
     model: nn.Module, X: Any, y: Tensor, *, task: str | Task = "auto", seed: int = 0
 ) -> records.ModelVerification:

@@ -22,7 +22,7 @@ from hesstrace_cli.autodiff.graph import topological
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import ALONE
-from hesstrace_cli.errors import ConfigError, DerivativeError, ModelError
+from hesstrace_cli.errors import ConfigError, DataError, DerivativeError, ModelError
 from hesstrace_cli.library.batches import as_batch
 from hesstrace_cli.library.distributed import Parallel, parallel_of
 from hesstrace_cli.library.inputs import InputsWatch
@@ -114,6 +114,8 @@ class TracePenalty:
             raise ConfigError(f"strength is {strength!r}, expected a number from 0")
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ConfigError(f"warmup_steps is {warmup_steps!r}, expected a whole number from 0")
+        if generator is not None and not isinstance(generator, Generator):
+            raise ConfigError(f"generator is {generator!r}, expected a torch.Generator or None")
         self.model, self._inner = model, unwrapped(model)
         self.trace: Tensor | None = None
         self.task: Task | None = task if isinstance(task, Task) else None
@@ -227,6 +229,8 @@ class TracePenalty:
     def _targets(self, outputs: Tensor | None, targets: Tensor | None) -> Tensor:
         """The targets, and the task with the first of them."""
         if targets is not None:
+            if not isinstance(targets, Tensor):
+                raise DataError(f"targets are a {type(targets).__name__}, expected a tensor")
             if self.task is None:
                 self.task = resolve_task(self._asked_task, targets)
             return targets.to(device_of(self._inner))

@@ -217,6 +217,19 @@ def test_several_inputs_as_a_tuple():
     assert verify(model, (X, twice), Y)["right"]
 
 
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_what_the_loop_around_has_on_changes_nothing(around):
+    model = filled(Small()).float()
+    single = X.float()
+    data = [(single, Y)]
+    expected = estimate_trace(model, data, num_probes=1).value
+    with around():
+        assert estimate_trace(model, data, num_probes=1).value == expected
+        assert verify(model, single, Y)["right"]
+
+
 # -- what is refused
 
 
@@ -242,6 +255,7 @@ WRONG_DATA = {
     "augmented": (lambda: DataLoader(Augmented(X, Y), 5), DataError, "augmentation"),
     "shorter": (Shorter, DataError, "another one in its second pass"),
     "an iterator": (lambda: iter(BATCHES), DataError, "read only once"),
+    "none": (lambda: None, DataError, "a NoneType"),
     "empty": (list, DataError, "no batch"),
     "inputs alone": (lambda: [X], DataError, "a Tensor"),
     "three things": (lambda: [(X, Y, Y)], DataError, "a tuple of 3"),
@@ -278,6 +292,11 @@ def test_wrong_arguments_are_named(name):
     with pytest.raises(ConfigError, match=f"^{name} is") as caught:
         estimate_trace(filled(Small()), BATCHES, **WRONG_ARGUMENTS[name])
     assert "--" not in str(caught.value)
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ModelError, match=r"torch.bfloat16.*\.float\(\)"):
+        estimate_trace(filled(Small()).bfloat16(), [(X.bfloat16(), Y)])
 
 
 def test_where_a_method_does_not_exist_the_error_names_the_argument():

@@ -599,6 +599,8 @@ def test_wrong_batches_are_one_line():
     refused(lambda: penalty(model(X), F.one_hot(Y).double()), ConfigError, "multilabel")
     refused(lambda: penalty.loss(X, Y[:3]), DataError, "4 inputs and 3 targets")
     refused(lambda: penalty.loss(X, [1, 2]), DataError, "a list of 2")
+    refused(lambda: penalty(model(X), [0, 1, 0, 1]), DataError, "a list")
+    refused(lambda: TracePenalty(model, 1.0, generator=3), ConfigError, "torch.Generator")
     refused(lambda: TracePenalty("resnet18", 1.0), ConfigError, "a str")
     model, penalty = fresh()
     refused(lambda: penalty(model(X), Y + 7), ModelError, "gives 2 outputs", "up to 8")
