@@ -19,7 +19,7 @@ from hesstrace_cli.analysis.loading import load_checkpoint
 from hesstrace_cli.analysis.quantization import Groups, quantize, squared_error
 from hesstrace_cli.analysis.rounding import replaced
 from hesstrace_cli.analysis.sensitivity import sensitivity
-from hesstrace_cli.config import SensitivityConfig, resolve
+from hesstrace_cli.config import LARGEST, SensitivityConfig, resolve
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.reporting.tables import number
@@ -63,6 +63,13 @@ def test_every_weight_is_on_the_nearest_level_of_its_group(groups, shape, bits):
         grid = scale * torch.arange(-levels, levels + 1)
         nearest = (row[:, None] - grid).abs().min(1).values
         torch.testing.assert_close((rounded - row).abs(), nearest, rtol=0, atol=1e-12)
+
+
+def test_a_group_longer_than_a_channel_is_the_channel():
+    w, longest = normal(5, 6), Groups("group", LARGEST)
+    assert longest.number(w) == CHANNEL.number(w)
+    for scaling in ("max", "least-squares"):
+        assert torch.equal(quantize(w, 3, longest, scaling), quantize(w, 3, CHANNEL, scaling))
 
 
 def test_least_squares_is_the_best_of_a_fine_grid_of_scales():
@@ -315,6 +322,8 @@ def test_torchao_applies_the_allocation(fitted):
         (("--average-bits", "4", "--size-mb", "1"), 2, ("one of them",)),
         (("--per", "row"), 2, ("--per", "group:N")),
         (("--per", "group:0"), 2, ("--per",)),
+        (("--per", "group:3000000000"), 2, ("--per",)),
+        (("--per", "group:" + "9" * 5000), 2, ("--per",)),
         (("--bits", "4,4"), 2, ("--bits",)),
         (("--bits", "1,4"), 2, ("--bits",)),
         (("--include", "nothing*"), 2, ("--include", "'nothing*'")),
@@ -322,7 +331,10 @@ def test_torchao_applies_the_allocation(fitted):
         (("--export", "b.yaml"), 2, ("--export", "--average-bits")),
         (("--export", "b.txt", "--average-bits", "4"), 2, (".yaml",)),
         (("--csv", "a.json", "--json", "a.json"), 2, ("both",)),
+        (("--csv", "-"), 2, ("--csv", "stdout")),
+        (("--csv", "a.json", "--json", "../{here}/a.json"), 2, ("both",)),
     ],
 )
-def test_wrong_settings_are_one_line(fitted, flags, code, words):
+def test_wrong_settings_are_one_line(fitted, tmp_path, flags, code, words):
+    flags = [flag.replace("{here}", tmp_path.name) for flag in flags]
     assert_one_line_error(invoke("sensitivity", fitted, *flags), code, *words)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.autodiff.casting import cast_model
-from hesstrace_cli.config import CheckpointConfig, DataConfig
+from hesstrace_cli.config import CheckpointConfig, DataConfig, shortened, whole_number
 from hesstrace_cli.curvature.per_example.independence import MixedExamples, check_independence
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.distributed import launcher
@@ -37,11 +37,11 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cpu")
     kind, _, number = name.partition(":")
-    digits = number.isascii() and number.isdigit()
-    if kind not in ("cpu", "cuda") or (":" in name and not (digits and kind == "cuda")):
-        raise ConfigError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    index = whole_number(number) if ":" in name else 0
+    if name != "cpu" and (kind != "cuda" or index is None):
+        raise ConfigError(f"--device is {shortened(name)}, expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(number or 0) >= count:
+    if kind == "cuda" and index is not None and index >= count:
         raise ConfigError(f"--device is {name!r}, but this machine has {count} usable CUDA devices")
     if kind == "cuda" and place.local_size > 1:
         raise ConfigError(

@@ -45,7 +45,8 @@ class Groups:
         rows = weight.flatten(1) if weight.dim() > 1 else weight.reshape(-1, 1)
         if self.kind == "channel":
             return rows
-        return F.pad(rows, (0, -rows.shape[1] % self.size)).reshape(-1, self.size)
+        size = min(self.size, rows.shape[1])  # a longer group is the channel
+        return F.pad(rows, (0, -rows.shape[1] % size)).reshape(-1, size)
 
     def _shaped(self, rows: Tensor, like: Tensor) -> Tensor:
         if self.kind != "group":

@@ -38,7 +38,9 @@ def check_places(
 
     read = [file for name in inputs if name is not None for file in files_of(name)]
     places = {"json": json_file, "plot": plot, **others}
-    for place in places.values():
+    for flag, place in places.items():
+        if place == "-" and flag != "json":
+            raise ConfigError(f"--{flag} is '-', expected a file; --json alone writes to stdout")
         check_writable(place)
         check_apart(place, read)
         target = None if place is None or place == "-" else resolved(place)
@@ -47,7 +49,7 @@ def check_places(
     taken: dict[Path, str] = {}
     for flag, place in places.items():
         if place is not None and place != "-":
-            first = taken.setdefault(Path(place), flag)
+            first = taken.setdefault(resolved(place), flag)
             if first != flag:
                 raise ConfigError(f"--{first} and --{flag} both are {place!r}")
     plots.check_format(plot)

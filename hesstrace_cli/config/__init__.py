@@ -11,7 +11,7 @@ from hesstrace_cli.config.commands import (
     TrainConfig,
     VerifyConfig,
 )
-from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of
+from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of, whole_number
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
 from hesstrace_cli.config.regularizers import REGULARIZERS, parse_regularizers, regularizers_name
 from hesstrace_cli.config.yaml_text import shortened
@@ -40,4 +40,5 @@ __all__ = [
     "resolve",
     "shortened",
     "to_yaml",
+    "whole_number",
 ]  # fmt: skip

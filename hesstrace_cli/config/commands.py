@@ -14,6 +14,7 @@ from hesstrace_cli.config.fields import (
     check_range,
     inherited,
     option,
+    whole_number,
 )
 from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
@@ -534,8 +535,9 @@ class SensitivityConfig(EstimatorConfig):
         if self.per in ("tensor", "channel"):
             return 0
         kind, _, number = self.per.partition(":")
-        if kind != "group" or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        size = whole_number(number)
+        if kind != "group" or not size:
             raise ConfigError(
                 f"--per is {shortened(self.per)}, expected tensor, channel or group:N, as group:128"
             )
-        return int(number)
+        return size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
@@ -60,6 +61,12 @@ def inherited(parent: Any, name: str, default: Any) -> Any:
 def key_of(field_name: str) -> str:
     """The name of a field as a flag and YAML key: `lambda_` is `lambda`, `_` is `-`."""
     return field_name.rstrip("_").replace("_", "-")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that plain digits write; None for other text, and for more than `LARGEST`."""
+    number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else LARGEST + 1
+    return number if number <= LARGEST else None
 
 
 def check_range(item: dataclasses.Field[Any], value: Any) -> None:

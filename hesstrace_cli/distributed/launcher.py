@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
+from hesstrace_cli.config import whole_number
 from hesstrace_cli.errors import ConfigError
 
 
@@ -61,8 +61,9 @@ _REMEDY = "start several processes with torchrun, or unset what it sets"
 
 
 def _whole_number(name: str, text: str, least: int) -> int:
-    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < least:
+    number = whole_number(text)
+    if number is None or number < least:
         raise ConfigError(
             f"{name} is {text[:20]!r}, expected a whole number from {least}; {_REMEDY}"
         )
-    return int(text)
+    return number
