@@ -311,6 +311,19 @@ def test_one_example_left_over_sits_out_of_batch_statistics(tmp_path):
     assert_one_line_error(one, 2, "batch statistics")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--form", "example", "--curvature", "hessian"),
+        ("--form", "example", "--compile", "--no-nesterov"),
+        ("--sync-bn", "--accumulate", "2"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_a_run(flags):
+    for command in (("train",), ("compare", "--plan")):
+        assert_one_line_error(invoke(*command, *flags), 2, flags[0], flags[-2])
+
+
 def test_other_settings_are_not_taken_for_the_same_comparison(tmp_path):
     flags = (*TINY[2:], "--seeds", "0", "--reg", "none", "--out", tmp_path / "c")
     assert invoke("compare", *flags, "--epochs", "1").exit_code == 0

@@ -22,6 +22,7 @@ from hesstrace_cli.analysis.sensitivity import sensitivity
 from hesstrace_cli.config import LARGEST, SensitivityConfig, resolve
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
+from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.reporting.tables import number
 from hesstrace_cli.tasks import Classification, Regression
 from tests.conftest import assert_one_line_error, invoke, train_to_end
@@ -338,3 +339,22 @@ def test_torchao_applies_the_allocation(fitted):
 def test_wrong_settings_are_one_line(fitted, tmp_path, flags, code, words):
     flags = [flag.replace("{here}", tmp_path.name) for flag in flags]
     assert_one_line_error(invoke("sensitivity", fitted, *flags), code, *words)
+
+
+class Root(nn.Module):
+    """The slope of sqrt is infinite at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, bias=False)
+
+    def forward(self, X):
+        return self.linear(0 * X).abs().sqrt()
+
+
+def test_a_slope_that_is_no_number_is_said_to_be():
+    split = TensorSplit(
+        normal(6, 3), torch.tensor([0, 1] * 3), Preprocess(), torch.float64, task=Classification()
+    )
+    with pytest.raises(NumericsError, match="not a number"):
+        sensitivity_of(Root().double(), split, bits=[4])

@@ -169,14 +169,26 @@ def _weights(
         moves = {b: (q - value).double() for b, q in rounded.items()}
         rises = {b: _rise(d, trace, g, rows[name]) for b, d in moves.items()}
         slopes = {b: (d * g).sum().item() for b, d in moves.items()}
-        weights.append(Weight(name, value, trace, errors, rises, slopes, groups.number(value)))
+        weight = Weight(name, value, trace, errors, rises, slopes, groups.number(value))
+        _check_finite(weight)
+        weights.append(weight)
     method = {"method": estimated.method, "reason": estimated.reason}
     return weights, method
 
 
+def _check_finite(weight: Weight) -> None:
+    deviations = [rise.stderr for rise in weight.rises.values() if rise.stderr is not None]
+    means = [rise.value for rise in weight.rises.values()]
+    if not all(map(math.isfinite, (*weight.slopes.values(), *means, *deviations))):
+        raise NumericsError(
+            f"what rounding {weight.name!r} costs is infinite or not a number, as the loss's "
+            "derivatives are at these weights"
+        )
+
+
 def _chosen_names(model: nn.Module, config: SensitivityConfig) -> list[str]:
     """Of parameters of two dimensions and more, a tied one once, as the globs say."""
-    all_names = [name for name, p in trainable(model).items() if p.dim() > 1]
+    all_names = [name for name, p in trainable(model).items() if p.dim() > 1 and p.numel()]
     for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in all_names):

@@ -7,7 +7,7 @@ node as unused, and the derivative comes out as zero. So the graph is searched f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,13 @@ def gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> dic
         loss, list(params.values()), create_graph=create_graph, retain_graph=True,
         materialize_grads=True,
     )  # fmt: skip
-    return dict(zip(params, grads, strict=True))
+    return named(params, grads)
+
+
+def named(names: Iterable[str], grads: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Gradients by name; a sparse one, as `nn.Embedding(sparse=True)` gives, is made dense."""
+    pairs = zip(names, grads, strict=True)
+    return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in pairs}
 
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

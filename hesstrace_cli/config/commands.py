@@ -243,13 +243,25 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_optimizer()
+        self._check_combinations()
         parse_regularizers(self.reg, self.lambda_)
 
-    def _check_optimizer(self) -> None:
+    def _check_combinations(self) -> None:
+        """Refuse what contradicts itself whatever the model and data are."""
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ConfigError("--nesterov is a form of SGD's momentum; --momentum is 0 or "
                               "--optimizer is not sgd")  # fmt: skip
+        if self.sync_bn and (self.accumulate > 1 or self.compile):
+            raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
+        if self.form == "example" and self.curvature == "hessian":
+            raise ConfigError(
+                "--form example is of tr(G), and --curvature is hessian; leave one of them out"
+            )
+        if self.form == "example" and self.compile:
+            raise ConfigError(
+                "--form example reads the graph of the forward pass, which --compile has none of; "
+                "leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +297,7 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        self._check_optimizer()
+        self._check_combinations()
         self.candidates()
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,15 @@ from hesstrace_cli.autodiff.graph import check_graph
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import DerivativeError
 from hesstrace_cli.failures import is_of_the_machine
+
+
+@contextmanager
+def naming_fault(objective: Objective, X: Tensor) -> Iterator[None]:
+    """Around what takes derivatives on a batch: raises `derivative_error` where that fails."""
+    try:
+        yield
+    except RuntimeError as problem:  # NotImplementedError too
+        raise derivative_error(problem, objective, X) from problem
 
 
 def derivative_error(problem: Exception, objective: Objective, X: Tensor) -> Exception:

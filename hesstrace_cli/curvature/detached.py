@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.autodiff.casting import cast, on_copies
 from hesstrace_cli.autodiff.differentiable import HeldPadding
+from hesstrace_cli.autodiff.graph import gradient
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.independence import Unfit
 from hesstrace_cli.failures import is_of_the_machine
@@ -49,6 +51,7 @@ def check_attached(objective: Objective, X: Tensor) -> None:
 
     Raises:
         Detached: If they differ in every direction tried, for every step.
+        DerivativeError: If there is no gradient.
     """
     generator = Generator(X.device).manual_seed(0)
     X = X[:_MOST]
@@ -57,7 +60,8 @@ def check_attached(objective: Objective, X: Tensor) -> None:
     except (RuntimeError, TypeError, ValueError) as problem:
         if is_of_the_machine(problem):
             raise
-        differs = _differs(objective, X, generator, double=False)  # it does not run in double
+        with naming_fault(objective, X):  # it does not run in double
+            differs = _differs(objective, X, generator, double=False)
     if differs:
         raise Detached
 
@@ -88,12 +92,9 @@ def _differs_somewhere(objective: Objective, X: Tensor, generator: Generator, do
     with torch.enable_grad():
         found = outputs()
         u = normal(found)
-        if found.requires_grad:
-            grads = torch.autograd.grad(found, list(params.values()), u, materialize_grads=True)
-        else:
-            grads = tuple(torch.zeros_like(p) for p in params.values())
-    parts = torch.stack([(g * v[n]).sum() for n, g in zip(params, grads, strict=True)])
-    squares = torch.stack([(g * v[n]).square().sum() for n, g in zip(params, grads, strict=True)])
+        g = gradient((u * found).sum(), params)
+    parts = torch.stack([(part * v[n]).sum() for n, part in g.items()])
+    squares = torch.stack([(part * v[n]).square().sum() for n, part in g.items()])
     slope, size = parts.sum().item(), squares.sum().sqrt().item()
     scale = (u * found).abs().sum().item()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner
+from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, inner, named
 from hesstrace_cli.failures import is_of_the_machine
 from hesstrace_cli.tasks import Task
 
@@ -61,7 +61,7 @@ def root_gradient(
         outputs, [params[name] for name in keep], grad_outputs=cotangent,
         create_graph=True, materialize_grads=True,
     )  # fmt: skip
-    return dict(zip(keep, grads, strict=True))
+    return named(keep, grads)
 
 
 def trace_sample_of_parts(local: Params, whole: Params, keep: Params, num_terms: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient
-from hesstrace_cli.curvature.blame import derivative_error
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.ggn import ggn_vp
 from hesstrace_cli.curvature.hessian import hvp
@@ -22,11 +22,9 @@ def ggn_product(objective: Objective, X: Tensor, y: Tensor, probe: Params) -> di
     Raises:
         DerivativeError: If the model has not the derivatives for it.
     """
-    try:
+    with naming_fault(objective, X):
         params, task = objective.params, objective.task
         return ggn_vp(lambda p: objective.outputs(p, X), params, probe, task, y)
-    except RuntimeError as problem:
-        raise derivative_error(problem, objective, X) from problem
 
 
 class Matrix(Protocol):
@@ -79,13 +77,16 @@ class CurvatureMatrix:
 
     def _hessian(self, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         params = self.objective.params
-        try:
+        with naming_fault(self.objective, batch.X):
             loss = self.objective.loss(params, batch.X, batch.y)
             grad = gradient(loss, params, create_graph=True)
             check_graph(*grad.values())
-        except (RuntimeError, NotImplementedError) as problem:
-            raise derivative_error(problem, self.objective, batch.X) from problem
-        return lambda v: hvp(grad, params, v)
+
+        def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            with naming_fault(self.objective, batch.X):
+                return hvp(grad, params, v)
+
+        return product
 
 
 def block_products(A: Tensor, B: Tensor, sizes: list[int]) -> Tensor:

@@ -58,6 +58,8 @@ def build_model(
     """
     factory = _factory(spec)
     offered = {"num_classes": num_classes, "in_shape": tuple(in_shape)}
+    if getattr(factory, "__init__", None) is nn.Module.__init__:  # it takes none, but says any
+        offered = {}
     arguments = {**accepted(factory, offered), **model_args}
     with random_state_kept():
         seed_defaults(seed)
@@ -74,6 +76,9 @@ def build_model(
         with random_state_kept():
             seed_defaults(seed)
             _initialize(model, in_shape, spec)
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False  # a form of its gradient, which few second derivatives take
     return model
 
 
@@ -89,6 +94,18 @@ def _check_model(model: Any, spec: str) -> None:
         )
     if any(tensor.is_meta for tensor in _tensors(model)):
         raise ModelError(f"model {spec!r} has tensors on the meta device, which have no data")
+    for name, p in model.named_parameters():
+        if not is_lazy(p) and _overlaps(p):
+            raise ModelError(
+                f"parameter {name!r} of model {spec!r} has entries in the same memory, as expand() "
+                "leaves them, which cannot be moved; make it of a clone()"
+            )
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
+    return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

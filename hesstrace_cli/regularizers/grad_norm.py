@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from hesstrace_cli.autodiff.graph import check_graph, gradient
-from hesstrace_cli.curvature.blame import derivative_error
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.regularizers.base import Regularizer, Step, Term
 
 
@@ -29,10 +29,8 @@ class GradientNorm(Regularizer):
 
     def term(self, step: Step) -> Term:
         """The norm over all trainable parameters."""
-        try:
+        with naming_fault(step.objective, step.X):
             grad = gradient(step.loss, step.objective.params, create_graph=True)
             check_graph(*grad.values())
-        except (RuntimeError, NotImplementedError) as problem:
-            raise derivative_error(problem, step.objective, step.X) from problem
         norms = torch.stack([torch.linalg.vector_norm(g) for g in grad.values()])
         return Term(self.strength, torch.linalg.vector_norm(norms))

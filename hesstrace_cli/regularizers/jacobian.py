@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.regularizers.base import Regularizer, Setting, Step, Term
 
@@ -31,7 +32,7 @@ def jacobian_sample(outputs: Tensor, X: Tensor, generator: Generator) -> Tensor:
     v = torch.randn(outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator)
     flat = v.flatten(1)
     v = (flat / flat.norm(dim=1, keepdim=True)).view_as(v)
-    (product,) = torch.autograd.grad(outputs, X, v, create_graph=True)
+    (product,) = torch.autograd.grad(outputs, X, v, create_graph=True, materialize_grads=True)
     return flat.shape[1] * product.square().sum() / len(X)
 
 
@@ -62,5 +63,6 @@ class JacobianPenalty(Regularizer):
 
     def term(self, step: Step) -> Term:
         """Half the mean squared norm, a mean over examples."""
-        value = jacobian_sample(step.outputs, step.X, step.generator) / 2
+        with naming_fault(step.objective, step.X):
+            value = jacobian_sample(step.outputs, step.X, step.generator) / 2
         return Term(self.strength, step.part.example_share * value, is_mean=False)

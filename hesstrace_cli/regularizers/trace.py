@@ -23,7 +23,7 @@ from hesstrace_cli.autodiff.calls import recorded_outputs, uses_batch_statistics
 from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
-from hesstrace_cli.curvature.blame import derivative_error
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.checks.engines import Engine, choose_engine
 from hesstrace_cli.curvature.checks.norm_rules import refuse_wrong_rules
 from hesstrace_cli.curvature.hessian import Mode
@@ -118,16 +118,6 @@ class TraceRegularizer(Coupled):
         config = self.config
         self.choice, self.form = choice, FormChoice("batch", "as asked for")
         if config.form == "example":
-            if not self.of_g and choice.curvature != "auto":
-                raise ConfigError(
-                    f"--form example is of tr(G), and --curvature is {choice.curvature}; leave "
-                    "one of them out"
-                )
-            if config.compile:
-                raise ConfigError(
-                    "--form example reads the graph of the forward pass, which --compile has "
-                    "none of; leave one of them out"
-                )
             self.form = FormChoice("example", "as asked for")
         elif config.form == "auto":
             self.form = FormChoice("batch", "auto: by example only where it is asked for")
@@ -211,14 +201,12 @@ class TraceRegularizer(Coupled):
         """The unbiased sample of the trace, averaged over the probes."""
         if not self._is_active(step.index, step.progress):
             return None
-        try:
+        with naming_fault(step.objective, step.X):
             samples, loss = self._samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:
                 check_graph(value)
                 self._graph_checked = True
-        except (RuntimeError, NotImplementedError) as problem:
-            raise derivative_error(problem, step.objective, step.X) from problem
         is_norm_of_parts = self.of_g and self.gathered(step) is not None
         is_mean = self.config.compile or (self.of_g and not is_norm_of_parts)
         strength = self.strength_at(step.progress)

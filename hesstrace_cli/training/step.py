@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from hesstrace_cli.autodiff.calls import outputs_of
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.distributed.parallel import Ranks
@@ -128,7 +129,7 @@ class Stepper:
             step = kept[number] if kept else self._forward(each, index, progress)
             step = dataclasses.replace(step, gathered=gathered)
             loss = self._add_terms(step, sums, first=number == 0)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._backward(loss, step)
             total += loss.detach()
             if step.part.share:
                 self._count(step, each, sums)
@@ -143,6 +144,13 @@ class Stepper:
             self._in_a_row += 1
         else:
             self._in_a_row = 0
+
+    def _backward(self, loss: Tensor, step: Step) -> None:
+        with naming_fault(self.objective, step.X):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for p in self.objective.params.values():
+            if p.grad is not None and p.grad.is_sparse:  # which no optimizer here takes
+                p.grad = p.grad.to_dense()
 
     def _count(self, step: Step, batch: _Prepared, sums: EpochSums) -> None:
         task, outputs = self.objective.task, step.outputs.detach()

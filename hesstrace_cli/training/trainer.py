@@ -152,8 +152,6 @@ class Trainer:
                 f"--reg {whole[0]}{compiled} needs the gradient of the whole batch: it cannot be "
                 "combined with --accumulate or several processes"
             )
-        if self.config.sync_bn and (self.config.accumulate > 1 or self.config.compile):
-            raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
         twice = [r.name for r in self.regularizers if r.order > 1]
         if twice and self.config.compile:
             raise ConfigError(

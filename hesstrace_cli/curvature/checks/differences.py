@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.calls import native_outputs
 from hesstrace_cli.autodiff.differentiable import HeldPadding
-from hesstrace_cli.autodiff.graph import Params, check_graph, gradient
+from hesstrace_cli.autodiff.graph import Params, check_graph, gradient, named
 from hesstrace_cli.curvature.checks.displaced import holding, mean_size, normal, typical_size
 from hesstrace_cli.curvature.checks.verdicts import (
     TOLERANCE,
@@ -225,7 +225,7 @@ class Differences:
                 outputs, list(params.values()), cotangent, materialize_grads=True,
                 retain_graph=True,
             )  # fmt: skip
-            return dict(zip(params, grads, strict=True))
+            return named(params, grads)
 
         with pinned():
             outputs = self._outputs()

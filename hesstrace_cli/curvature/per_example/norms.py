@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import vjp, vmap
 
-from hesstrace_cli.autodiff.graph import Params
+from hesstrace_cli.autodiff.graph import Params, named
 from hesstrace_cli.curvature.per_example.independence import column
 from hesstrace_cli.curvature.per_example.rules.chunks import at_once
 from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms
@@ -148,6 +148,6 @@ def _one_by_one(
             grads = torch.autograd.grad(
                 outputs, list(params.values()), u[None], retain_graph=True, materialize_grads=True
             )
-            for name, g in zip(params, grads, strict=True):
+            for name, g in named(params, grads).items():
                 result[name][k, i] = g.square().sum()
     return result

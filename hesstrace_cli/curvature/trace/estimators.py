@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.graph import Params, check_graph, gradient
-from hesstrace_cli.curvature.blame import derivative_error
+from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.data_loss import Batch, DataLoss
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.matrix import ggn_product
@@ -119,15 +119,13 @@ def _quadratic_sampler(
     params = objective.params
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
-        try:
+        rows = []
+        with naming_fault(objective, batch.X):
             grad = gradient(loss(params, batch.X, batch.y), params, create_graph=True)
             check_graph(*grad.values())
-        except (RuntimeError, NotImplementedError) as problem:
-            raise derivative_error(problem, objective, batch.X) from problem
-        rows = []
-        for _ in range(num_probes):
-            v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
-            rows.append(quadratic_samples(hvp(grad, params, v), v, params))
+            for _ in range(num_probes):
+                v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
+                rows.append(quadratic_samples(hvp(grad, params, v), v, params))
         return torch.stack(rows)[:, None]
 
     return sample
@@ -177,10 +175,8 @@ def diagonal_sampler(objective: Objective) -> Sampler:
     """tr(H) itself, from the whole diagonal."""
 
     def sample(batch: Batch, _num_probes: int, _generator: Generator) -> Tensor:
-        try:
+        with naming_fault(objective, batch.X):
             return hessian_diagonal_traces(objective, batch.X, batch.y)[None, None]
-        except (RuntimeError, NotImplementedError) as problem:
-            raise derivative_error(problem, objective, batch.X) from problem
 
     return sample
 

@@ -13,7 +13,7 @@ CHUNK = 1 << 24
 
 def at_once(numbers: int) -> int:
     """How many examples are worked on at a time, each one's temporary having so many numbers."""
-    return max(1, CHUNK // numbers)
+    return max(1, CHUNK // max(1, numbers))
 
 
 def in_chunks(function: Callable[..., Tensor], numbers: int, *tensors: Tensor) -> Tensor:
