@@ -14,6 +14,7 @@ import sys
 _NO_MEMORY = re.compile(
     r"out of memory"  # CUDA's allocator, runtime and driver, and NCCL
     r"|DefaultCPUAllocator|std::bad_alloc|Cannot allocate memory"
+    r"|could not create a (primitive|memory object)$"  # oneDNN, of kernels that it has
     r"|Storage size calculation overflowed"  # more bytes than any machine has
     r"|(STATUS|CUFFT)_ALLOC_FAILED|ALLOCATION_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT
     re.IGNORECASE,

@@ -32,6 +32,7 @@ NO_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory"),
     RuntimeError("Storage size calculation overflowed with sizes=[100000000000000000, 64]"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
     ImportError("libjpeg.so.62: failed to map segment from shared object"),
 ]
 BROKEN = [
@@ -47,6 +48,7 @@ OTHERS = [
                  "a non-contiguous input."),
     RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:1024"),
     NotImplementedError("Trying to use forward AD with mkldnn_rnn_layer that does not support it"),
+    RuntimeError("could not create a primitive descriptor for a matmul primitive"),
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
     ValueError("out of memory is what I am about"),

@@ -116,6 +116,27 @@ def test_a_signal_outside_the_loop_is_one_line(tmp_path, place, number, code):
         assert (tmp_path / "r" / "summary.json").is_file()
 
 
+EARLY = {
+    "before": "cli.streams.secure = signalled",
+    "parsing": "TyperGroup.parse_args = signalled",
+    "told": "cli.boundary._report = signalled; sys.argv.append('--nothing')",
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("place", EARLY)
+def test_a_signal_outside_a_command_is_one_line(tmp_path, place, number, code):
+    (tmp_path / "program.py").write_text(
+        "import os, sys\nfrom typer.core import TyperGroup\n"
+        "from hesstrace_cli import __main__, cli\n"
+        f"def signalled(*_):\n    os.kill(os.getpid(), {int(number)})\n"
+        f"sys.argv = ['hesstrace', 'train']\n{EARLY[place]}\n__main__.main()\n"
+    )
+    done = shell(f"{sys.executable} program.py", tmp_path)
+    assert done.returncode == code
+    assert done.stderr == f"error: stopped by signal {int(number)}\n"
+
+
 def test_a_signal_that_code_swallows_still_stops_the_training(tmp_path):
     (tmp_path / "swallow.py").write_text(
         "import os, signal\nfrom hesstrace_cli.models.small import MLP\n"

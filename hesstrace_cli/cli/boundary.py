@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -27,6 +28,15 @@ _LONGEST = 2000  # characters of a line that can still be read
 class ErrorBoundary(TyperGroup):
     """The command group: its `main` is what the shell and the in-process runner both call."""
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Read the command's name and what comes before it.
+
+        Raises:
+            Stopped: After a signal.
+        """
+        with _stopping():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; what would end the program from within it becomes an error.
 
@@ -35,10 +45,8 @@ class ErrorBoundary(TyperGroup):
             ModelError: If code of the user's called `sys.exit`.
         """
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            number = signals.number_of(stop)
-            raise Stopped(f"stopped by signal {number}", number) from stop
+            with _stopping():
+                return super().invoke(ctx)
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):  # nobody reads a help page to its end
                 raise typer.Exit(1) from end
@@ -71,6 +79,16 @@ class ErrorBoundary(TyperGroup):
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Where a signal becomes an error; Typer would make an exit without a word of it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        number = signals.number_of(stop)
+        raise Stopped(f"stopped by signal {number}", number) from stop
 
 
 def _place_of(problem: BaseException) -> str:

@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by signal {number}")
+        super().__init__(number)
         self.number = number
 
 
