@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hesstrace_cli.autodiff.checkpointing import plain_checkpoints
+from hesstrace_cli.autodiff.convolution import CONVOLUTIONS
 
 
 def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -441,8 +442,10 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     **{operation: _in_full_precision(operation) for operation in _NORMS},
 }
 
+_IN_REVERSE: dict[Any, Callable[..., Any]] = {**_SECOND_ORDER, **CONVOLUTIONS}
+
 _BY_EXAMPLE: dict[Any, Callable[..., Any]] = {
-    **_SECOND_ORDER,
+    **_IN_REVERSE,
     F.batch_norm: _in_full_precision(_held_batch_norm),
     torch.batch_norm: _in_full_precision(_by_torchs_order(_held_batch_norm)),
 }
@@ -489,6 +492,6 @@ def differentiable_ops(*, order: int = 3, by_example: bool = False) -> Iterator[
         return
     replacements = _ANY_ORDER
     if order <= 2:
-        replacements = _BY_EXAMPLE if by_example else _SECOND_ORDER
+        replacements = _BY_EXAMPLE if by_example else _IN_REVERSE
     with plain_checkpoints(), sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
         yield

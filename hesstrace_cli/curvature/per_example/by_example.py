@@ -14,6 +14,8 @@ constants; its gradient is that of this value, the statistics moving with the we
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,14 +189,55 @@ class ByExample:
         done = {name for _, own in chosen for name in own}
         whole = [name for name in keep if name not in done]
         at: list[Any] = [*(use.edge for use, _ in chosen), *(params[name] for name in whole)]
-        with held_statistics(with_weights=bool(whole)):
+        squares: list[Tensor] = []
+
+        def take(use: Use, own: dict[str, Tensor], g: Tensor) -> None:
+            layout = Layout(N, self.ways[next(iter(own))].strided)
+            squares.extend(norms.sum() for norms in use.squares(g, layout, own).values())
+
+        with held_statistics(with_weights=bool(whole)), _on_the_way(chosen, take) as taken:
             grads = torch.autograd.grad(
                 outputs, at, cotangent, create_graph=True, materialize_grads=True
             )  # fmt: skip
-        squares = []
         for (use, own), g in zip(chosen, grads, strict=False):
-            layout = Layout(N, self.ways[next(iter(own))].strided)
-            squares += [norms.sum() for norms in use.squares(g, layout, own).values()]
+            if id(use) not in taken:
+                take(use, own, g)
         for name, g in zip(whole, grads[len(chosen) :], strict=True):
             squares.append((keep[name] * g).square().sum())
         return squares
+
+
+@contextmanager
+def _on_the_way(
+    chosen: list[tuple[Use, dict[str, Tensor]]],
+    take: Callable[[Use, dict[str, Tensor], Tensor], None],
+) -> Iterator[set[int]]:
+    """Take the norms of an operation as soon as a backward pass has its output's gradient.
+
+    Autograd goes through what was recorded last first. Were all norms taken after the pass, their
+    derivatives would be there at once, and wait in memory for the gradients' own.
+
+    Args:
+        chosen: Operations, and what is passed with each.
+        take: Takes their norms.
+
+    Yields:
+        The ids of those that the pass went through, and not up to only.
+    """
+    taken: set[int] = set()
+
+    def hook(use: Use, own: dict[str, Tensor]) -> Callable[[Any], None]:
+        def run(grads: Any) -> None:
+            g = grads[use.edge.output_nr]
+            if g is not None:
+                taken.add(id(use))
+                take(use, own, g)
+
+        return run
+
+    handles = [use.edge.node.register_prehook(hook(use, own)) for use, own in chosen]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()

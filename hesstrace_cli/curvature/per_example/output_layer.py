@@ -9,6 +9,7 @@ A convolution is such a layer too: h_m is the patch that it sees.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ from hesstrace_cli.autodiff.graph import Params
 from hesstrace_cli.curvature.per_example.linearity import operation
 from hesstrace_cli.curvature.per_example.norms import gradients
 from hesstrace_cli.curvature.per_example.rules.layout import Norms, in_full, output_shape
+from hesstrace_cli.curvature.per_example.rules.operands import (
+    CONVOLUTIONS,
+    kernel_of,
+    operands,
+    with_weights,
+)
 from hesstrace_cli.curvature.per_example.uses import Use
 from hesstrace_cli.tasks import Task
 
@@ -44,8 +51,8 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
     """
     uses = [use for use in uses if not use.users]
     if outputs.dim() == 2:  # one term a row, so that nothing needs to be found out
-        own = next((u for u in uses if u.edge.node is _without_cast(outputs.grad_fn)), None)
-        if own is not None and operation(own.edge.node) in ("Addmm", "Mm"):
+        own = next((u for u in uses if u.node is _without_cast(outputs.grad_fn)), None)
+        if own is not None and operation(own.node) in ("Addmm", "Mm"):
             return _of_rows(own, outputs)
     terms = task.term_numbers(outputs) + 1  # 0 is of none
     if terms.numel() == 0 or int(terms.max()) > 1 / torch.finfo(outputs.dtype).eps:
@@ -60,12 +67,12 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
         if not bool(((row_of[rows] == place) | (rows == 0)).all()):  # a term has several rows
             continue
         for role, name in use.names.items():
-            if operation(use.edge.node) == "Add":
+            if operation(use.node) == "Add":
                 if params[name].numel() == rows.shape[1]:  # an entry for each number of a row
                     found[name] = torch.ones_like(row_of[1:], dtype=outputs.dtype)
             elif role == "bias":
                 found[name] = torch.ones_like(row_of[1:], dtype=outputs.dtype)
-            elif (squares := _squares(use.edge.node)) is not None:
+            elif (squares := _squares(use.node)) is not None:
                 found[name] = squares[row_of[1:]]
     return found
 
@@ -76,29 +83,29 @@ def _without_cast(node: Any) -> Any:
 
 def _of_rows(use: Use, outputs: Tensor) -> Norms:
     squares = {
-        "weight": _squares(use.edge.node), "bias": torch.ones_like(outputs[:, 0].detach())
+        "weight": _squares(use.node), "bias": torch.ones_like(outputs[:, 0].detach())
     }  # fmt: skip
     return {name: s for role, name in use.names.items() if (s := squares[role]) is not None}
 
 
 def _last_uses(outputs: Tensor, uses: Sequence[Use]) -> Iterator[Use]:
     """Those between which and the outputs numbers are only moved: a layer, and a bias added."""
-    by_node = {use.edge.node: use for use in uses}
+    by_node = {use.node: use for use in uses}
     node: Any = outputs.grad_fn
-    while node is not None:
+    while (node := with_weights(node)) is not None:
         use = by_node.get(node)
         if operation(node) in _MOVES:
             node = node.next_functions[0][0]
             continue
         if use is None or _groups(node) != 1:
             return
-        if operation(node) in ("Addmm", "Mm", "Convolution", "Add"):
+        if operation(node) in ("Addmm", "Mm", "Add", *CONVOLUTIONS):
             yield use
         node = _without_bias(node)
 
 
 def _groups(node: Any) -> int:
-    return int(node._saved_groups) if operation(node) == "Convolution" else 1
+    return kernel_of(node).groups if operation(node) in CONVOLUTIONS else 1
 
 
 def _without_bias(node: Any) -> Any:
@@ -112,7 +119,7 @@ def _without_bias(node: Any) -> Any:
 
 def _rows(use: Use, g: Tensor) -> Tensor:
     """A row for each h, of the numbers that it gives."""
-    if operation(use.edge.node) == "Convolution":
+    if operation(use.node) in CONVOLUTIONS:
         return g.movedim(1, -1).flatten(0, -2)
     return use.rows(g).flatten(1)
 
@@ -120,15 +127,12 @@ def _rows(use: Use, g: Tensor) -> Tensor:
 def _squares(node: Any) -> Tensor | None:
     """||h||^2 of each row; None where they are not saved."""
     kind = operation(node)
-    if kind != "Convolution":
+    if kind not in CONVOLUTIONS:
         X = node._saved_mat1 if kind == "Addmm" else node._saved_self
         return None if X is None else in_full(X).square().sum(1)
-    X, W = node._saved_input, node._saved_weight
+    X, W = operands(node)
     if X is None:
         return None
-    patches = torch.convolution(
-        X.square().sum(1, keepdim=True), torch.ones_like(W[:1, :1]), None, node._saved_stride,
-        node._saved_padding, node._saved_dilation, node._saved_transposed,
-        node._saved_output_padding, 1,
-    )  # fmt: skip
+    kernel = dataclasses.replace(kernel_of(node), groups=1)
+    patches = kernel.forward(X.square().sum(1, keepdim=True), torch.ones_like(W[:1, :1]))
     return patches.flatten()

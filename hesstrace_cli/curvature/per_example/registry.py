@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli.autodiff.convolution import OF_WEIGHTS
 from hesstrace_cli.autodiff.differentiable import HELD_BATCH_NORM
 from hesstrace_cli.curvature.per_example import layer_calls
 from hesstrace_cli.curvature.per_example.rules.convolution import convolution
@@ -32,6 +33,7 @@ from hesstrace_cli.curvature.per_example.rules.norm_layers import (
     held_batch_norm,
     layer_norm,
 )
+from hesstrace_cli.curvature.per_example.rules.operands import CONVOLUTIONS
 from hesstrace_cli.errors import ModelError
 
 
@@ -93,12 +95,14 @@ def norm_rule(kind: type) -> Callable[[_Rule], _Rule]:
     return register
 
 
+_OF_WEIGHTS = f"autograd.Function {OF_WEIGHTS}"
 _HELD = f"autograd.Function {HELD_BATCH_NORM}"
 # The role of a parameter by its place among an operation's inputs:
 ROLES: dict[str, dict[int, str]] = {
     "Addmm": {0: "bias", 1: "other", 2: "weight"},
     "Mm": {0: "other", 1: "weight"},
     "Convolution": {1: "weight", 2: "bias"},
+    _OF_WEIGHTS: {0: "weight", 1: "bias"},
     "NativeBatchNorm": {1: "weight", 2: "bias"},
     "CudnnBatchNorm": {1: "weight", 2: "bias"},
     _HELD: {1: "weight", 2: "bias"},
@@ -110,10 +114,21 @@ ROLES: dict[str, dict[int, str]] = {
 }
 
 
+# What users know them as, whatever kernel a device has:
+NAMES = {
+    **dict.fromkeys(("Addmm", "Mm"), "linear layers"),
+    **dict.fromkeys(CONVOLUTIONS, "convolutions"),
+    **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", _HELD), "batch norm"),
+    "NativeLayerNorm": "layer norm",
+    "NativeGroupNorm": "group norm",
+    "Embedding": "embeddings",
+    "Mul": "products",
+    "Add": "sums",
+}
 RULES: dict[str, Callable[[Any], NormsOf | None]] = {
     "Addmm": linear,
     "Mm": linear,
-    "Convolution": convolution,
+    **dict.fromkeys(CONVOLUTIONS, convolution),
     "NativeBatchNorm": batch_norm,
     "CudnnBatchNorm": batch_norm,
     _HELD: held_batch_norm,

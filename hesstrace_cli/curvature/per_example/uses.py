@@ -13,9 +13,10 @@ from torch.autograd.graph import GradientEdge
 from hesstrace_cli.autodiff.graph import Params, topological
 from hesstrace_cli.curvature.per_example.layer_calls import LayerCall, calls_at
 from hesstrace_cli.curvature.per_example.linearity import operation
-from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, ROLES, RULES
+from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, NAMES, ROLES, RULES
 from hesstrace_cli.curvature.per_example.rules.broadcast import broadcast, lead
 from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms, NormsOf, output_shape
+from hesstrace_cli.curvature.per_example.rules.operands import with_weights
 from hesstrace_cli.curvature.per_example.users_rules import rule_of_function, rule_of_layer
 
 Seen = Callable[[Tensor], Tensor]
@@ -27,6 +28,7 @@ class Use:
     """An operation with parameters among its operands that are used nowhere else.
 
     Attributes:
+        node: Of the graph.
         edge: Where its output's gradient g is read off.
         names: The names, by role, of those parameters.
         num_rows: R.
@@ -37,6 +39,7 @@ class Use:
         users: What a user's rule is of, as "layer Scale"; nothing where the rule is built in.
     """
 
+    node: Any
     edge: GradientEdge
     names: dict[str, str]
     num_rows: int
@@ -48,7 +51,7 @@ class Use:
     @property
     def kind(self) -> str:
         """What has the rule."""
-        return self.users or operation(self.edge.node)
+        return self.users or NAMES[operation(self.node)]
 
     def squares(self, g: Tensor, layout: Layout, scales: Params | None = None) -> Norms:
         """||s J_i^T u_i||^2 of every example, (N,) by name.
@@ -89,6 +92,7 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
     seen: dict[Any, Seen] = {}
     consumers: dict[str, list[tuple[Any, int]]] = {name: [] for name in params}
     calls: list[tuple[Any, LayerCall]] = []
+    outer: dict[Any, Any] = {}  # what has the output of a node, where it is another
     for node in topological(logits):
         calls += ((node, call) for call in calls_at(node))
         if hasattr(node, "variable"):
@@ -97,6 +101,8 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
                 seen[node] = _as_it_is
             continue
         inputs = [following for following, _ in node.next_functions]
+        if with_weights(node) is not node:
+            outer[with_weights(node)] = node
         if inputs and inputs[0] in leaf_of and operation(node) in _SEEN:
             leaf_of[node] = leaf_of[inputs[0]]
             seen[node] = _after(seen[inputs[0]], _SEEN[operation(node)](node))
@@ -114,7 +120,9 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
             if role is not None:
                 roles.setdefault(node, {}).setdefault(role, name)
     uses = (
-        _use_of_function(node, own, seen) if _is_users(node) else _use(node, own, seen)
+        _use_of_function(node, own, seen)
+        if _is_users(node)
+        else _use(node, own, seen, outer.get(node, node))
         for node, own in roles.items()
     )
     return found + [use for use in uses if use is not None]
@@ -141,7 +149,7 @@ def _of_layers(
             done |= set(own.values())
             kind, norms = rule_of_layer(call)
             seen = dict.fromkeys(own, _as_it_is)
-            yield Use(GradientEdge(node, call.place), own, shape[0], norms, 1, seen, kind)
+            yield Use(node, GradientEdge(node, call.place), own, shape[0], norms, 1, seen, kind)
 
 
 def _use_of_function(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
@@ -152,7 +160,7 @@ def _use_of_function(node: Any, names: dict[str, str], seen: Mapping[Any, Seen])
         return None
     kind, norms = found
     own = {role: seen[node.next_functions[int(role)][0]] for role in names}
-    return Use(GradientEdge(node, 0), names, shape[0], norms, 1, own, kind)
+    return Use(node, GradientEdge(node, 0), names, shape[0], norms, 1, own, kind)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -177,7 +185,7 @@ _SEEN: dict[str, Callable[[Any], Seen]] = {
 }
 
 
-def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
+def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen], outer: Any) -> Use | None:
     kind, flatten = operation(node), 1
     if node._input_metadata[0].dtype.is_complex:
         return None
@@ -200,7 +208,7 @@ def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | No
         role: seen[node.next_functions[place][0]] for place, role in ROLES[kind].items()
         if role in names and node.next_functions[place][0] in seen
     }  # fmt: skip
-    return Use(GradientEdge(node, 0), names, num_rows, norms, flatten, own)
+    return Use(node, GradientEdge(outer, 0), names, num_rows, norms, flatten, own)
 
 
 def _shape_at(node: Any, place: int) -> list[int]:

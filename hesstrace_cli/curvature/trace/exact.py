@@ -80,7 +80,7 @@ class PerExampleTrace:
             name for use in uses if use.num_rows == len(X) > 1
             for name in use.names.values() if name in self._layouts
         }  # fmt: skip
-        outputs = sum(math.prod(output_shape(use.edge.node)) for use in uses)
+        outputs = sum(math.prod(output_shape(use.node)) for use in uses)
         self._at_once = max(1, ACTIVATIONS * len(X) // max(1, outputs))
 
     def _outputs(self, X: Tensor) -> Tensor:

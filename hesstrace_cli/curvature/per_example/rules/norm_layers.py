@@ -18,6 +18,7 @@ from hesstrace_cli.curvature.per_example.rules.layout import (
     in_full,
     total_squares,
 )
+from hesstrace_cli.curvature.per_example.rules.remade import remade
 
 
 class _Normalized(torch.autograd.Function):
@@ -40,26 +41,33 @@ class _Normalized(torch.autograd.Function):
         return rstd * of_X, None, None
 
 
-def affine(num_channels: int, normalized: Callable[[], Tensor]) -> NormsOf:
-    """A scale and a shift of what a norm gives, in the shape (R, channels, positions).
+def affine(num_channels: int, normalized: Callable[..., Tensor], *sources: Tensor) -> NormsOf:
+    """A scale and a shift of what a norm gives.
 
     Args:
         num_channels: Those that have a scale and a shift each.
-        normalized: Gives that.
+        normalized: Gives that from its sources, shape (R, channels, positions).
+        sources: Tensors.
     """
 
     def norms(g: Tensor, layout: Layout, scales: Scales) -> Norms:
-        def norm(products: Tensor, scale: Tensor | None) -> Tensor:
-            own = None if scale is None else scale.flatten()
-            return total_squares(layout.group(products).sum((1, 3)), own)
+        def of_scale(g: Tensor, *sources: Tensor) -> Tensor:
+            Y = in_full(normalized(*sources))
+            products = (in_full(g).reshape(Y.shape) * Y).sum(-1)
+            return total_squares(layout.group(products).sum(1), flat(scales["weight"]))
+
+        def of_shift(g: Tensor) -> Tensor:
+            summed = in_full(g).reshape(len(g), num_channels, -1).sum(-1)
+            return total_squares(layout.group(summed).sum(1), flat(scales["bias"]))
+
+        def flat(scale: Tensor | None) -> Tensor | None:
+            return None if scale is None else scale.flatten()
 
         result: Norms = {}
-        g = in_full(g)
         if "weight" in scales:
-            Y = in_full(normalized())
-            result["weight"] = norm(g.reshape(Y.shape) * Y, scales["weight"])
+            result["weight"] = remade(of_scale, g, *sources)
         if "bias" in scales:
-            result["bias"] = norm(g.reshape(len(g), num_channels, -1), scales["bias"])
+            result["bias"] = of_shift(g)
         return result
 
     return norms
@@ -70,6 +78,10 @@ def by_channel(X: Tensor) -> Tensor:
     return in_full(X).reshape(*X.shape[:2], -1)
 
 
+def _standardized(X: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (by_channel(X) - mean[:, None]) * rstd[:, None]
+
+
 def batch_norm(node: Any) -> NormsOf | None:
     """Batch norm with statistics of its own."""
     if node._saved_training:
@@ -77,13 +89,13 @@ def batch_norm(node: Any) -> NormsOf | None:
     X = node._saved_input
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
     mean, scale = node._saved_running_mean, torch.rsqrt(node._saved_running_var + eps)
-    return affine(X.shape[1], lambda: (by_channel(X) - mean[:, None]) * scale[:, None])
+    return affine(X.shape[1], _standardized, X, mean, scale)
 
 
 def held_batch_norm(node: Any) -> NormsOf:
     """Batch norm by the batch's statistics, held."""
     X, _, mean, rstd = node.saved_tensors
-    return affine(X.shape[1], lambda: (by_channel(X) - mean[:, None]) * rstd[:, None])
+    return affine(X.shape[1], _standardized, X, mean, rstd)
 
 
 def layer_norm(node: Any) -> NormsOf | None:
@@ -92,26 +104,25 @@ def layer_norm(node: Any) -> NormsOf | None:
     lead = X.dim() - len(node._saved_normalized_shape)
     if not lead:
         return None
+    mean, rstd = mean.detach().reshape(-1, 1), rstd.detach().reshape(-1, 1)
 
-    def normalized() -> Tensor:
+    def normalized(X: Tensor) -> Tensor:
         rows = in_full(X).flatten(lead).flatten(0, lead - 1)
-        own: Tensor = _Normalized.apply(
-            rows, mean.detach().reshape(-1, 1), rstd.detach().reshape(-1, 1)
-        )
+        own: Tensor = _Normalized.apply(rows, mean, rstd)
         return own[..., None]
 
-    return affine(math.prod(X.shape[lead:]), normalized)
+    return affine(math.prod(X.shape[lead:]), normalized, X)
 
 
 def group_norm(node: Any) -> NormsOf | None:
     """Group norm."""
-    X, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    X, num_groups = node._saved_input, node._saved_group
+    mean = node._saved_result1.detach()[..., None]
+    rstd = node._saved_result2.detach()[..., None]
 
-    def normalized() -> Tensor:
-        grouped = in_full(X).reshape(len(X), node._saved_group, -1)
-        own: Tensor = _Normalized.apply(
-            grouped, mean.detach()[..., None], rstd.detach()[..., None]
-        )  # fmt: skip
+    def normalized(X: Tensor) -> Tensor:
+        grouped = in_full(X).reshape(len(X), num_groups, -1)
+        own: Tensor = _Normalized.apply(grouped, mean, rstd)
         return own.reshape(*X.shape[:2], -1)
 
-    return affine(X.shape[1], normalized)
+    return affine(X.shape[1], normalized, X)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ class Outer:
                 return total_squares(G.mT @ X, scale)
             return chunks.in_chunks(lambda g, x: total_squares(g.mT @ x, scale), k * d, G, X)
         if recorded:
-            norms: Tensor = _GramNorms.apply(source, self.source, rows, self.rows)
-            return norms
+            return gram_norms(source, self.source, rows, self.rows)
         if N * L * L > chunks.CHUNK:
             return chunks.in_chunks(lambda g, x: ((g @ g.mT) * (x @ x.mT)).sum((1, 2)), L * L, G, X)
         if self._gram is None:
@@ -75,30 +74,64 @@ def _norms_of_rows(G: Tensor, X: Tensor, scale: Tensor | None) -> Tensor:
     return ((G @ scale.square()) * X).sum(1)
 
 
-class _GramNorms(torch.autograd.Function):
-    """sum_{l,l'} (g_l . g_l') (x_l . x_l'), of which only the two Gram matrices are held.
+class Windows(Protocol):
+    """How Gram matrices of patches are sums of parts of one of pixels, and back."""
 
-    Its derivative in g is 2 (x x^T) g, that in x is 2 (g g^T) x; g and x are made again for it.
+    def sums(self, gram: Tensor) -> Tensor:
+        """Of the patches, from that of the pixels."""
+
+    def spread(self, gram: Tensor) -> Tensor:
+        """The derivative: of the pixels' shape, from the patches'."""
+
+
+def gram_norms(
+    g: Tensor, x: Tensor, rows_of_g: Rows, rows_of_x: Rows, windows: Windows | None = None
+) -> Tensor:
+    """sum_{l,l'} (g_l . g_l') (x_l . x_l'), to be differentiated once.
+
+    Args:
+        g: A tensor.
+        x: A tensor.
+        rows_of_g: Gives the rows g_l from the former.
+        rows_of_x: Gives the rows x_l from the latter.
+        windows: If these are pixels, and x_l patches of them.
+    """
+    norms: Tensor = _GramNorms.apply(g, x, rows_of_g, rows_of_x, windows)
+    return norms
+
+
+class _GramNorms(torch.autograd.Function):
+    """Only the two Gram matrices are held.
+
+    The derivative in g is 2 (x x^T) g, that in x is 2 (g g^T) x; g and x are made again for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, rows_of_g: Rows, rows_of_x: Rows) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, rows_of_g: Rows, rows_of_x: Rows, windows: Windows | None
+    ) -> Tensor:
         G, X = in_full(rows_of_g(g)), in_full(rows_of_x(x))
         gram_of_g, gram_of_x = G @ G.mT, X @ X.mT
+        if windows is not None:
+            gram_of_x = windows.sums(gram_of_x)
         ctx.save_for_backward(g, x, gram_of_g, gram_of_x)
-        ctx.rows = rows_of_g, rows_of_x
+        ctx.settings = rows_of_g, rows_of_x, windows
         return (gram_of_g * gram_of_x).sum((1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Any:
         g, x, gram_of_g, gram_of_x = ctx.saved_tensors
-        rows_of_g, rows_of_x = ctx.rows
+        rows_of_g, rows_of_x, windows = ctx.settings
         needs_g, needs_x = ctx.needs_input_grad[:2]
         twice = 2 * slope[:, None, None]
-        of_g = _pulled(rows_of_g, g, twice * gram_of_x) if needs_g else None
-        of_x = _pulled(rows_of_x, x, twice * gram_of_g) if needs_x else None
-        return of_g, of_x, None, None
+        of_g = of_x = None
+        if needs_g:
+            of_g = _pulled(rows_of_g, g, twice * gram_of_x)
+        if needs_x:
+            gram = twice * gram_of_g
+            of_x = _pulled(rows_of_x, x, gram if windows is None else windows.spread(gram))
+        return of_g, of_x, None, None, None
 
 
 def _pulled(rows: Rows, source: Tensor, gram: Tensor) -> Tensor:
