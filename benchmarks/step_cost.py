@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                       # ResNet-18, batch 8: minutes on a CPU
     python benchmarks/step_cost.py --model small-cnn --image 8 --channels 1 --batch-size 64
+    python benchmarks/step_cost.py --forms --model benchmarks/networks.py:Transformer
     python benchmarks/step_cost.py --grid --batch-size 128 --rounds 20      # a GPU: everything
 
 Steps are those of `hesstrace train` at full strength, on made images; all rows are timed in turn,
@@ -40,7 +41,8 @@ from hesstrace_cli.training.trainer import Trainer
 
 _DRAWS_TIMED = 10
 TRACE: dict[str, Any] = {"reg": ["trace=0.001"], "warmup": 0.0}
-ALL = {**TRACE, "estimator": "hutchinson"}
+SOME = {**TRACE, "form": "batch"}
+ALL = {**SOME, "estimator": "hutchinson"}
 G, H = {"curvature": "ggn"}, {"curvature": "hessian"}
 
 
@@ -78,13 +80,13 @@ def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
         rows[f"{name}, all tensors"] = {**ALL, **matrix}
         for keep_prob in (0.5, 0.3, 0.1):
             rows[f"{name}, tensors kept with {keep_prob}"] = {
-                **TRACE, **matrix, "keep_prob": keep_prob
+                **SOME, **matrix, "keep_prob": keep_prob
             }  # fmt: skip
             rows[f"{name}, a block of tensors kept with {keep_prob}"] = {
-                **TRACE, **matrix, "keep_prob": keep_prob, "dropout_scheme": "block"
+                **SOME, **matrix, "keep_prob": keep_prob, "dropout_scheme": "block"
             }  # fmt: skip
         rows[f"{name}, entries kept with 0.3"] = {
-            **TRACE, **matrix, "keep_prob": 0.3, "dropout_scheme": "entry"
+            **SOME, **matrix, "keep_prob": 0.3, "dropout_scheme": "entry"
         }  # fmt: skip
         rows[f"{name}, all tensors, every 10th step"] = {**ALL, **matrix, "every": 10}
         rows[f"{name}, all tensors, bf16"] = {**ALL, **matrix, "precision": "bf16"}
@@ -93,6 +95,27 @@ def rows_on_a_cpu() -> dict[str, dict[str, Any]]:
     rows["H, nested forward mode"] = {"reg": [f"{__file__}:NestedForward=0.001"]}
     rows["H, reverse mode three times"] = {"reg": [f"{__file__}:TripleReverse=0.001"]}
     return rows
+
+
+def rows_of_forms() -> dict[str, dict[str, Any]]:
+    """The penalty on tr(G) by example, of all of the batch and of parts, beside that of its sum."""
+    of_all = {**TRACE, **G, "estimator": "hutchinson", "form": "example"}
+    dropped = {**of_all, "estimator": "dropout"}
+    return {
+        "none": {"reg": ["none"]},
+        "G, all tensors": {**ALL, **G},
+        "G, tensors kept with 0.5": {**SOME, **G},
+        "by example": of_all,
+        "by example, half the examples": {**of_all, "penalty_examples": 0.5},
+        "by example, a quarter": {**of_all, "penalty_examples": 0.25},
+        "by example, tensors kept with 0.5": {**dropped, "keep_prob": 0.5},
+        "by example, tensors kept with 0.1": {**dropped, "keep_prob": 0.1},
+        "by example, a quarter, tensors kept with 0.5": {
+            **dropped, "penalty_examples": 0.25, "keep_prob": 0.5
+        },
+        "by example, in two parts": {**of_all, "accumulate": 2},
+        "SAM": {"reg": ["sam=0.05"]},
+    }  # fmt: skip
 
 
 def rows_compiled() -> dict[str, dict[str, Any]]:
@@ -115,7 +138,7 @@ def rows_of_grid() -> dict[str, dict[str, Any]]:
         ("float32", "bf16"),
     ):
         rows[f"{matrix} {scheme} q={q} every={every} {precision}"] = {
-            **TRACE, "curvature": matrix, "dropout_scheme": scheme, "keep_prob": q,
+            **SOME, "curvature": matrix, "dropout_scheme": scheme, "keep_prob": q,
             "every": every, "precision": precision,
         }  # fmt: skip
     return rows
@@ -197,10 +220,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--compile", action="store_true", help="the compiled rows too")
+    parser.add_argument("--forms", action="store_true", help="the rows by example instead")
     parser.add_argument("--grid", action="store_true", help="every combination")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = rows_of_grid() if arguments.grid else rows_on_a_cpu()
+    if arguments.forms:
+        rows = rows_of_forms()
     if arguments.compile or arguments.grid:
         rows |= rows_compiled()
     rows = {name: row for name, row in rows.items() if arguments.only in name}

@@ -72,7 +72,7 @@ def checks(record, without):
     ]
 
 
-RULES = "norm rule of"  # named by their kernels, which are others on CUDA
+RULES = "norm rule of"  # an LSTM is one operation on CUDA, and has none
 # An LSTM has no forward derivative on CUDA, with cuDNN or without it.
 FORWARD = ("taylor mode", "forward mode")
 
