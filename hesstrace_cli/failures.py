@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import zlib
 
 _NO_MEMORY = re.compile(
     r"out of memory"  # CUDA's allocator, runtime and driver, and NCCL
@@ -38,6 +39,8 @@ def is_out_of_memory(problem: BaseException) -> bool:
         return True
     if isinstance(problem, OSError):
         return problem.errno == errno.ENOMEM
+    if isinstance(problem, zlib.error):
+        return str(problem).startswith("Error -4 ")  # Z_MEM_ERROR
     if isinstance(problem, ImportError):
         return _NOT_LOADED.search(str(problem)) is not None
     return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None

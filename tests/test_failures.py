@@ -7,6 +7,7 @@ import errno
 import importlib
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ NO_MEMORY = [
     RuntimeError("Storage size calculation overflowed with sizes=[100000000000000000, 64]"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("could not create a primitive"),
+    zlib.error("Error -4 while decompressing data"),
     ImportError("libjpeg.so.62: failed to map segment from shared object"),
 ]
 BROKEN = [
@@ -49,6 +51,7 @@ OTHERS = [
     RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:1024"),
     NotImplementedError("Trying to use forward AD with mkldnn_rnn_layer that does not support it"),
     RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+    zlib.error("Error -3 while decompressing data: incorrect header check"),
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
     ValueError("out of memory is what I am about"),
