@@ -57,18 +57,37 @@ class Report(TypedDict):
     trace: float
 
 
-class Trace(TypedDict):
-    """`estimate-trace`, and the `trace` of a run's summary."""
+class Block(TypedDict):
+    """The same by its name alone."""
 
-    schema: str
+    name: str
+    trace: float
+    stderr: float | None
+
+
+class Estimated(TypedDict):
+    """An estimate of a trace, and how it was made."""
+
     trace: float
     stderr: float | None
     ci95: list[float] | None
-    curvature: str
     method: str
     reason: str
     num_probes: int
     passes: int
+
+
+class Estimate(Estimated):
+    """An estimate with its blocks, as the library gives it."""
+
+    per_layer: list[Block]
+
+
+class Trace(Estimated):
+    """`estimate-trace`, and the `trace` of a run's summary."""
+
+    schema: str
+    curvature: str
     num_examples: int
     num_population: int
     subset_stderr: float | None
@@ -96,6 +115,20 @@ class Trace(TypedDict):
     preprocess: NotRequired[Preprocess]
 
 
+class NoTrace(TypedDict):
+    """The `trace` of a run whose model has none, and why."""
+
+    trace: None
+    stderr: None
+    ci95: None
+    method: None
+    reason: str
+    per_layer: list[Layer]
+    checkpoint: str
+    model: str
+    dataset: str
+
+
 class Epoch(TypedDict):
     """A line of `metrics.jsonl`."""
 
@@ -113,11 +146,9 @@ class Epoch(TypedDict):
     seconds: float
 
 
-class Run(TypedDict):
-    """`summary.json` of a run."""
+class Figures(TypedDict):
+    """What the weights of a run are judged by."""
 
-    schema: str
-    regularizers: str
     dataset: str
     model: str
     seed: int
@@ -136,9 +167,16 @@ class Run(TypedDict):
     metrics: Numbers
     train_metrics: Numbers
     val_metrics: Numbers | None
-    trace: Trace
+    trace: Trace | NoTrace
     input_jacobian: float | None
     top_eigenvalue: float | None
+
+
+class Run(Figures):
+    """`summary.json` of a run."""
+
+    schema: str
+    regularizers: str
     trace_penalty: dict[str, object] | None
     seconds: float
     device: str
@@ -152,7 +190,7 @@ class Density(TypedDict):
     values: list[float]
 
 
-class Stability(TypedDict):
+class StabilityFigures(TypedDict):
     """Linear stability of training with a learning rate."""
 
     lr: float
@@ -169,15 +207,20 @@ class Stability(TypedDict):
     flow_unstable_bounds: list[int]
     fastest_time_constant: float | None
     slowest_time_constant: float | None
+
+
+class Stability(StabilityFigures):
+    """The same, and in words."""
+
     sentence: str
 
 
 class Sharpness(TypedDict):
     """The rise of the loss at a distance."""
 
-    average: float
+    average: float | None
     average_stderr: float | None
-    worst: float
+    worst: float | None
 
 
 class Flatness(TypedDict):
@@ -189,10 +232,17 @@ class Flatness(TypedDict):
     filter_normalized: Sharpness
 
 
-class ModelSpectrum(TypedDict):
-    """`spectrum` of a model."""
+class Slice(TypedDict):
+    """The loss along random directions, at every place of a grid."""
 
-    schema: str
+    dimensions: int
+    grid: list[float]
+    losses: list[float | None] | list[list[float | None]]
+
+
+class Eigenvalues(TypedDict):
+    """Of a matrix, and their density with its moments."""
+
     eigenvalues: list[float]
     residuals: list[float]
     smallest: float
@@ -208,9 +258,15 @@ class ModelSpectrum(TypedDict):
     effective_dimension: float | None
     bulk_edge: float
     largest_over_bulk_edge: float | None
+
+
+class ModelSpectrum(Eigenvalues):
+    """`spectrum` of a model."""
+
+    schema: str
     stability: Stability | None
     flatness: Flatness
-    slice: dict[str, object] | None
+    slice: Slice | None
     curvature: str
     num_examples: int
     num_parameters: int
@@ -329,8 +385,30 @@ class Measured(TypedDict):
     allocations: list[Allocation]
 
 
-class Sensitivity(Origin):
-    """`sensitivity`."""
+class Figured(TypedDict):
+    """What an allocation costs."""
+
+    allocation: dict[str, int]
+    average_bits: float
+    size_mb: float
+    predicted_rise: Rise
+
+
+class Chosen(Figured):
+    """An allocation by traces, and which of its decisions hang on their errors."""
+
+    flips: dict[str, list[int]]
+
+
+class EstimatedBy(TypedDict):
+    """How traces were estimated."""
+
+    method: str
+    reason: str
+
+
+class ModelSensitivity(EstimatedBy):
+    """`sensitivity` of a model."""
 
     schema: str
     weights: list[Weight]
@@ -338,8 +416,6 @@ class Sensitivity(Origin):
     per: str
     scale: str
     curvature: str
-    method: str
-    reason: str
     loss: float
     metrics: Numbers
     task: str
@@ -358,7 +434,27 @@ class Sensitivity(Origin):
     predicted_rise: Rise | None
     flips: dict[str, list[int]] | None
     measured: Measured | None
+
+
+class Sensitivity(Origin, ModelSensitivity):
+    """`sensitivity`."""
+
     seconds: float
+
+
+class Planned(TypedDict):
+    """What a run of a comparison is."""
+
+    dataset: str
+    model: str
+    regularizers: str
+    seed: int
+
+
+class Diverged(Planned):
+    """The note of a run that stopped with a loss that is not finite."""
+
+    reason: str
 
 
 class Spread(TypedDict):
@@ -368,6 +464,29 @@ class Spread(TypedDict):
     std: float | None
     ci95: list[float] | None
     stderr: NotRequired[float | None]
+
+
+class Difference(TypedDict):
+    """A mean difference over seeds, paired."""
+
+    mean: float | None
+    ci95: list[float] | None
+    p_value: float | None
+    p_holm: NotRequired[float | None]
+
+
+class Differences(TypedDict):
+    """Of a row to another, measure by measure."""
+
+    test_accuracy: Difference
+    test_loss: Difference
+    train_loss: Difference
+    generalization_gap: Difference
+    calibration_error: Difference
+    trace: Difference
+    input_jacobian: Difference
+    top_eigenvalue: Difference
+    metrics: dict[str, Difference]
 
 
 class Row(TypedDict):
@@ -391,7 +510,7 @@ class Row(TypedDict):
     input_jacobian: Spread
     top_eigenvalue: Spread
     metrics: dict[str, Spread]
-    difference_to_none: dict[str, object] | None
+    difference_to_none: Differences | None
     step_cost: float | None
     wins: list[str]
     runs: list[str]

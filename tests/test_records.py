@@ -36,7 +36,7 @@ def test_the_document_has_the_keys_of_the_type(title):
 
 def test_every_record_with_a_schema_is_in_the_document():
     with_schema = {name for name, kind in TYPES.items() if "schema" in kind.__annotations__}
-    with_schema -= {"ModelSpectrum"}  # what the command and the library share
+    with_schema -= {"ModelSpectrum", "ModelSensitivity"}  # what the records of commands are of
     assert with_schema <= set(SECTIONS)
 
 
@@ -107,6 +107,23 @@ def test_what_a_run_leaves(run):
     check(json.loads((run / "summary.json").read_text()), records.Run)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         check(json.loads(line), records.Epoch)
+
+
+def test_what_a_run_without_a_trace_leaves():
+    Path("random.py").write_text(
+        "from torch import nn\n"
+        "class Always(nn.Linear):\n"
+        "    def forward(self, X):\n"
+        "        return nn.functional.dropout(super().forward(X.flatten(1)), 0.1, training=True)\n"
+        "def model(): return Always(64, 10)\n"
+    )
+    result = invoke("train", "--epochs", "1", "--train-examples", "50", "--model",
+                    "random.py:model", "--out", "r")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary = json.loads(Path("r/summary.json").read_text())
+    check(summary, records.Run)
+    assert summary["trace"]["trace"] is None
+    assert "random numbers" in summary["trace"]["reason"]
 
 
 def test_what_commands_write(run):

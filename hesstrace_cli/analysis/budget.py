@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.allocation import Table, allocate, flips
 from hesstrace_cli.analysis.quantization import SCALE_BITS, megabytes
 from hesstrace_cli.config import SensitivityConfig
@@ -119,7 +119,7 @@ class Budget:
         fitting = [b for k, b in enumerate(self.bits) if self.sizes[:, k].sum() <= self.limit]
         return {w.name: fitting[-1] for w in self.weights} if fitting else None
 
-    def described(self, allocation: Mapping[str, int]) -> dict[str, Any]:
+    def described(self, allocation: Mapping[str, int]) -> records.Figured:
         """The figures of an allocation."""
         number = sum(w.size for w in self.weights)
         bits = sum(w.size * allocation[w.name] for w in self.weights)
@@ -137,7 +137,7 @@ class Budget:
             },
         }
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> records.Chosen:
         """The allocation by traces, and which of its decisions hang on their errors."""
         costs = self.costs(lambda w, b: w.rises[b].value)
         allocation = self.allocated(costs)

@@ -8,7 +8,6 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Generator, nn
@@ -128,18 +127,22 @@ class TraceEstimate:
         """Passes over the data; products altogether for the sketching methods."""
         return self.result.passes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> records.Estimate:
         """For JSON, by the names that `hesstrace estimate-trace --json` has."""
+        blocks: list[records.Block] = [
+            {"name": name, "trace": part.value, "stderr": part.stderr}
+            for name, part in self.result.tensors.items()
+        ]
+        total = self.result.total
         return {
-            **_mean_record(self.result.total),
-            "ci95": _interval(self.result.total),
+            "trace": total.value,
+            "stderr": total.stderr,
+            "ci95": _interval(total),
             "method": self.method,
             "reason": self.reason,
             "num_probes": self.num_probes,
             "passes": self.passes,
-            "per_layer": [
-                {"name": name, **_mean_record(part)} for name, part in self.result.tensors.items()
-            ],
+            "per_layer": blocks,
         }
 
 
@@ -294,17 +297,21 @@ def trace_record(
     if not math.isfinite(found.loss):
         raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)
-    result = estimated.result
-    params = trainable(model)
-    made = estimated.to_dict()
-    layers = made.pop("per_layer")
-    record: dict[str, Any] = {
+    made, params = estimated.to_dict(), trainable(model)
+    device = next(iter(params.values())).device
+    record: records.Trace = {
         "schema": SCHEMA,
-        **made,
+        "trace": made["trace"],
+        "stderr": made["stderr"],
+        "ci95": made["ci95"],
+        "method": made["method"],
+        "reason": made["reason"],
+        "num_probes": made["num_probes"],
+        "passes": made["passes"],
         "curvature": config.curvature,
         "num_examples": len(split),
         "num_population": population or len(split),
-        "subset_stderr": result.subset_stderr,
+        "subset_stderr": estimated.result.subset_stderr,
         "num_parameters": sum(p.numel() for p in params.values()),
         "loss": found.loss,
         "accuracy": found.accuracy,
@@ -314,13 +321,6 @@ def trace_record(
         "loss_name": split.task.described_loss(),
         "num_terms": split.num_terms,
         "metrics": found.finite_metrics(),
-    }
-    if config.per_layer or config.plot is not None:
-        record["per_layer"] = [
-            {**layer, "num_parameters": params[layer["name"]].numel()} for layer in layers
-        ]
-    device = next(iter(params.values())).device
-    record |= {
         "split": config.split,
         "dtype": config.dtype,
         "device": str(device),
@@ -328,11 +328,12 @@ def trace_record(
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    return cast(records.Trace, record)
-
-
-def _mean_record(mean: Mean) -> dict[str, float | None]:
-    return {"trace": mean.value, "stderr": mean.stderr}
+    if config.per_layer or config.plot is not None:
+        record["per_layer"] = [
+            {**layer, "num_parameters": params[layer["name"]].numel()}
+            for layer in made["per_layer"]
+        ]
+    return record
 
 
 def _interval(mean: Mean) -> list[float] | None:
@@ -364,4 +365,5 @@ def estimate_checkpoint(
         model, data = loaded.model, loaded.data
         batch_size, trace = config.batch_size, record["trace"]
         record["report"] = generalization_report(model, data, loaded.split, batch_size, trace)
-    return cast(records.Trace, {**record, **describe(path, loaded)}), loaded.warnings
+    whole: records.Trace = {**record, **describe(path, loaded)}
+    return whole, loaded.warnings

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli import records
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.autodiff.casting import cast_model
 from hesstrace_cli.config import CheckpointConfig, DataConfig, shortened, whole_number
@@ -256,7 +257,7 @@ def _check_output(output: Tensor, task: Task, name: str, mode: str) -> None:
         )
 
 
-def describe(path: str, loaded: Loaded) -> dict[str, Any]:
+def describe(path: str, loaded: Loaded) -> records.Origin:
     """What a record says of its checkpoint."""
     return {
         "checkpoint": path,

@@ -84,8 +84,10 @@ def sensitivity_of_checkpoint(
             p.requires_grad_(p.is_floating_point())
     model, split = loaded.model, loaded.split
     record = sensitivity(model, split, config, say)
-    record |= {"seconds": time.monotonic() - begin, **describe(path, loaded)}
-    return cast(records.Sensitivity, record), [*loaded.warnings, *_left_out(model)]
+    whole: records.Sensitivity = {
+        **record, **describe(path, loaded), "seconds": time.monotonic() - begin
+    }  # fmt: skip
+    return whole, [*loaded.warnings, *_left_out(model)]
 
 
 def _left_out(model: nn.Module) -> list[str]:
@@ -98,7 +100,7 @@ def _left_out(model: nn.Module) -> list[str]:
 
 def sensitivity(
     model: nn.Module, split: Split, config: SensitivityConfig, say: Say = lambda _: None
-) -> dict[str, Any]:
+) -> records.ModelSensitivity:
     """What rounding each weight of a model costs on a split, and an allocation where asked for."""
     groups = Groups(cast(Any, config.per.partition(":")[0]), config.group_size())
     found = evaluate(model, split, config.batch_size)
@@ -106,7 +108,7 @@ def sensitivity(
         raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     weights, method = _weights(model, split, config, groups)
     bits = sorted(config.bits)
-    record: dict[str, Any] = {
+    record: records.ModelSensitivity = {
         "schema": SCHEMA,
         "weights": [_record_of(weight) for weight in weights],
         "bits": bits,
@@ -135,7 +137,10 @@ def sensitivity(
     }
     budget = Budget.of(config, weights, model)
     if budget is not None:
-        record |= budget.chosen()
+        chosen = budget.chosen()
+        record["allocation"], record["flips"] = chosen["allocation"], chosen["flips"]
+        record["average_bits"], record["size_mb"] = chosen["average_bits"], chosen["size_mb"]
+        record["predicted_rise"] = chosen["predicted_rise"]
     if config.check:
         check = Check(model, split, config, groups, weights, found.loss, say)
         record["measured"] = check.measured(budget)
@@ -144,7 +149,7 @@ def sensitivity(
 
 def _weights(
     model: nn.Module, split: Split, config: SensitivityConfig, groups: Groups
-) -> tuple[list[Weight], dict[str, Any]]:
+) -> tuple[list[Weight], records.EstimatedBy]:
     """The weights to be rounded, and what the record says of how their traces were estimated."""
     names = _chosen_names(model, config)
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(EstimateConfig)
@@ -172,8 +177,7 @@ def _weights(
         weight = Weight(name, value, trace, errors, rises, slopes, groups.number(value))
         _check_finite(weight)
         weights.append(weight)
-    method = {"method": estimated.method, "reason": estimated.reason}
-    return weights, method
+    return weights, {"method": estimated.method, "reason": estimated.reason}
 
 
 def _check_finite(weight: Weight) -> None:

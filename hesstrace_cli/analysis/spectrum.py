@@ -104,11 +104,13 @@ def _spectrum_record(
     extremes = extreme_eigenvalues(first, k=config.top, max_products=config.max_products)
     others = (rademacher(like, generator=generator) for _ in range(config.num_probes - 1))
     density = spectral_density(matrix, others, steps=config.steps, first=first)
-    record = {
+    landscape = Landscape(data)
+    record: records.ModelSpectrum = {
         "schema": SCHEMA,
         **_spectrum(extremes, density),
         "stability": _stability(extremes, density, config, run),
-        **_flatness(data, config),
+        "flatness": _flatness(landscape, config),
+        "slice": _slice(landscape, like.device, config),
         "curvature": config.curvature,
         "num_examples": len(split),
         "num_parameters": matrix.size,
@@ -124,7 +126,7 @@ def _spectrum_record(
         "seconds": time.monotonic() - begin,
         "versions": versions(),
     }
-    return cast(records.ModelSpectrum, record), [*doubts, *_doubts(extremes, config)]
+    return record, [*doubts, *_doubts(extremes, config)]
 
 
 def _check_derivatives(data: DataLoss, config: SpectrumConfig) -> list[str]:
@@ -152,7 +154,7 @@ def _doubts(extremes: Extremes, config: SpectrumConfig) -> Iterator[str]:
         )
 
 
-def _spectrum(extremes: Extremes, density: Density) -> dict[str, Any]:
+def _spectrum(extremes: Extremes, density: Density) -> records.Eigenvalues:
     trace, squares = density.moment(1), density.moment(2)
     frobenius = math.sqrt(max(0.0, squares.value))
     grid, values = density.on_grid()
@@ -180,28 +182,38 @@ def _root_error(squares: Mean, root: float) -> float | None:
     return squares.stderr / (2 * root) if squares.stderr is not None and root > 0 else None
 
 
-def _flatness(data: DataLoss, config: SpectrumConfig) -> dict[str, Any]:
-    landscape = Landscape(data)
-    device = next(iter(data.objective.params.values())).device
-    flatness: dict[str, Any] = {"radius": config.radius, "num_directions": config.num_directions}
-    for name, normalized in (("plain", False), ("filter_normalized", True)):
-        generator = stream_generator(config.seed, device, "directions")
-        shared: dict[str, Any] = {
-            "radius": config.radius, "normalized": normalized, "generator": generator
-        }  # fmt: skip
-        average = average_sharpness(landscape, num_directions=config.num_directions, **shared)
-        worst = worst_sharpness(landscape, steps=_ASCENT_STEPS, **shared)
-        flatness[name] = {
-            "average": finite(average.value),
-            "average_stderr": finite(average.stderr),
-            "worst": finite(worst),
-        }
-    return {"flatness": flatness, "slice": _slice(landscape, device, config)}
+def _flatness(landscape: Landscape, config: SpectrumConfig) -> records.Flatness:
+    return {
+        "radius": config.radius,
+        "num_directions": config.num_directions,
+        "plain": _sharpness(landscape, config, normalized=False),
+        "filter_normalized": _sharpness(landscape, config, normalized=True),
+    }
+
+
+def _sharpness(
+    landscape: Landscape, config: SpectrumConfig, *, normalized: bool
+) -> records.Sharpness:
+    device = next(iter(landscape.objective.params.values())).device
+    generator = stream_generator(config.seed, device, "directions")
+    average = average_sharpness(
+        landscape, num_directions=config.num_directions, radius=config.radius,
+        normalized=normalized, generator=generator,
+    )  # fmt: skip
+    worst = worst_sharpness(
+        landscape, steps=_ASCENT_STEPS, radius=config.radius, normalized=normalized,
+        generator=generator,
+    )  # fmt: skip
+    return {
+        "average": finite(average.value),
+        "average_stderr": finite(average.stderr),
+        "worst": finite(worst),
+    }
 
 
 def _slice(
     landscape: Landscape, device: torch.device, config: SpectrumConfig
-) -> dict[str, Any] | None:
+) -> records.Slice | None:
     if not config.slice:
         return None
     generator = stream_generator(config.seed, device, "slice")
@@ -213,12 +225,12 @@ def _slice(
     grid = [config.slice_radius * i / half for i in range(-half, half + 1)]
     rows = slice_losses(landscape, directions, grid)
     losses = [[finite(x) for x in r] if isinstance(r, list) else finite(r) for r in rows]
-    return {"dimensions": config.slice, "grid": grid, "losses": losses}
+    return cast(records.Slice, {"dimensions": config.slice, "grid": grid, "losses": losses})
 
 
 def _stability(
     extremes: Extremes, density: Density, config: SpectrumConfig, run: Mapping[str, Any]
-) -> dict[str, Any] | None:
+) -> records.Stability | None:
     """None where neither the flags nor the checkpoint give a learning rate of SGD."""
     # What another optimizer calls so is something else.
     run = run if run.get("optimizer", "sgd") == "sgd" else {}
@@ -242,4 +254,5 @@ def _stability(
     numbers = {k: finite(v) if isinstance(v, float) else v for k, v in report.items()}
     matrix = "Hessian" if config.curvature == "hessian" else "Gauss-Newton matrix"
     own = config.lr is None and run.get("schedule", "constant") != "constant"
-    return {**numbers, "sentence": sentence(report, matrix, "the run's initial" if own else "a")}
+    said = sentence(report, matrix, "the run's initial" if own else "a")
+    return cast(records.Stability, {**numbers, "sentence": said})

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hesstrace_cli import records
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.signals import StopRequest, number_of
@@ -94,7 +95,7 @@ def _stored(flags: dict[str, Any]) -> str | None:
     return str(folder.settings) if is_file(folder.settings) else None
 
 
-def train_with_progress(run: Run, label: str) -> dict[str, Any]:
+def train_with_progress(run: Run, label: str) -> records.Run:
     """Train to the end and show where it is: a line an epoch, on a terminal above a bar."""
     epochs, metric = run.config.epochs, run.trainer.data.task.selection.metric
     with StopRequest() as stop, screen.progress_bar(run.trainer.total_steps) as move:
@@ -118,7 +119,7 @@ def train_with_progress(run: Run, label: str) -> dict[str, Any]:
         ) from stop
 
 
-def _epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
+def _epoch_line(record: records.Epoch, epochs: int, metric: str) -> str:
     line = f"epoch {record['epoch']}/{epochs} loss {record['train_loss']:.4f}"
     value = selected(record, "val", metric)
     if value is not None:
@@ -128,7 +129,7 @@ def _epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
     return line
 
 
-def report_skipped(record: dict[str, Any]) -> None:
+def report_skipped(record: records.Epoch) -> None:
     """Say so where float16's gradients overflowed in so many steps that it shows."""
     skipped = record.get("skipped_steps", 0)
     if skipped > _MANY_SKIPPED or (skipped and record["epoch"] > 1):
@@ -138,7 +139,7 @@ def report_skipped(record: dict[str, Any]) -> None:
         )
 
 
-def report_negative(record: dict[str, Any]) -> None:
+def report_negative(record: records.Epoch) -> None:
     """Say so where the penalty has driven the trace below 0."""
     trace = record["penalty_trace"]
     if trace is not None and trace < 0:

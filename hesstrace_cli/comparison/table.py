@@ -61,9 +61,9 @@ class Found:
         unfinished: `dataset`, `model`, `regularizers` and `seed` of those begun or planned.
     """
 
-    finished: list[dict[str, Any]]
-    diverged: list[dict[str, Any]]
-    unfinished: list[dict[str, Any]]
+    finished: Sequence[Summary]
+    diverged: Sequence[Summary]
+    unfinished: Sequence[Summary]
 
 
 def collect(folder: Path) -> Found:
@@ -92,7 +92,9 @@ def collect(folder: Path) -> Found:
         for run in folders("diverged.json")
     ]
     ended = {run["folder"] for run in [*finished, *diverged]}
-    begun = {str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended}
+    begun: dict[str, Summary] = {
+        str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended
+    }
     for file in folder.glob(f"**/{PLANNED}"):
         for name, run in read_planned(file).items():
             place = str(file.parent / name)
@@ -114,7 +116,7 @@ def _settings(run: Path) -> TrainConfig:
     return resolve(TrainConfig, {}, str(file))
 
 
-def _described(run: Path) -> dict[str, Any]:
+def _described(run: Path) -> Summary:
     config = _settings(run)
     name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
     return {"dataset": config.dataset, "model": config.model, "regularizers": name,
@@ -166,7 +168,7 @@ def _check_same(
         )
 
 
-def describe(values: Sequence[float]) -> dict[str, Any]:
+def describe(values: Sequence[float]) -> records.Spread:
     """Mean, standard deviation and 95 % t-interval of independent values; null where unknown."""
     if not values:
         return {"mean": None, "std": None, "ci95": None}
@@ -178,7 +180,7 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> dict[str, Any]:
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> records.Difference:
     """Mean difference over the seeds that both have, its interval, and a paired t-test.
 
     Args:
@@ -187,11 +189,11 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
     """
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     result = describe(differences)
-    p_value = None
-    if len(differences) > 1 and result["std"] > 0:
-        t = result["mean"] / (result["std"] / math.sqrt(len(differences)))
+    mean, std, p_value = result["mean"], result["std"], None
+    if mean is not None and std:
+        t = mean / (std / math.sqrt(len(differences)))
         p_value = 2 * float(stdtr(len(differences) - 1, -abs(t)))
-    return {"mean": result["mean"], "ci95": result["ci95"], "p_value": p_value}
+    return {"mean": mean, "ci95": result["ci95"], "p_value": p_value}
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -242,7 +244,7 @@ def tabulate(
         groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
     rows: list[records.Row] = []
     for (dataset, model), members in groups.items():
-        rows += cast(list[records.Row], _group(dataset, model, members, step_cost or {}))
+        rows += _group(dataset, model, members, step_cost or {})
     num_runs = len(summaries) + len(diverged) + len(pending)
     return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending), "rows": rows}
 
@@ -267,7 +269,7 @@ def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
 
 def _group(
     dataset: str, model: str, members: Sequence[Summary], step_cost: Mapping[str, float]
-) -> list[dict[str, Any]]:
+) -> list[records.Row]:
     """The rows of one data set and model: their differences are paired by seed."""
     names = list(dict.fromkeys(s["regularizers"] for s in members))
     finished = [s for s in members if "test_loss" in s]
@@ -283,12 +285,19 @@ def _group(
         for name in names
         for m in measures
     }
-    rows = []
+    rows: list[records.Row] = []
     for name in names:
         own = [s for s in finished if s["regularizers"] == name]
         num_runs = sum(s["regularizers"] == name for s in members)
         num_unfinished = sum("unfinished" in s for s in members if s["regularizers"] == name)
-        row: dict[str, Any] = {
+        spreads = {m: describe(list(values[name, m].values())) for m in measures}
+        errors = [s["trace"]["stderr"] for s in own]
+        spreads["trace"]["stderr"] = (
+            None if not own or None in errors
+            else math.sqrt(sum(e**2 for e in errors)) / len(own)
+        )  # fmt: skip
+        compared = "none" in names and name != "none"
+        row = {
             "regularizer": name,
             "dataset": dataset,
             "model": model,
@@ -298,29 +307,30 @@ def _group(
             "num_diverged": num_runs - num_unfinished - len(own),
             "num_unfinished": num_unfinished,
             "num_collapsed": sum(bool(s.get("collapsed")) for s in own),
+            **{m: spreads[m] for m in MEASURES},
+            "metrics": {m: spreads[measure_of(m)] for m in metrics},
+            "difference_to_none": _differences(values, name, metrics) if compared else None,
+            "step_cost": 1.0 if name == "none" and step_cost else step_cost.get(name),
+            "wins": [],
+            "runs": [s["folder"] for s in own],
         }
-        row |= {m: describe(list(values[name, m].values())) for m in MEASURES}
-        row["metrics"] = {m: describe(list(values[name, measure_of(m)].values())) for m in metrics}
-        errors = [s["trace"]["stderr"] for s in own]
-        row["trace"]["stderr"] = (
-            None if not own or None in errors
-            else math.sqrt(sum(e**2 for e in errors)) / len(own)
-        )  # fmt: skip
-        compared = "none" in names and name != "none"
-        row["difference_to_none"] = None
-        if compared:
-            to_none = {m: paired_difference(values[name, m], values["none", m]) for m in measures}
-            row["difference_to_none"] = {m: to_none[m] for m in MEASURES} | {
-                "metrics": {m: to_none[measure_of(m)] for m in metrics}
-            }
-        row["step_cost"] = 1.0 if name == "none" and step_cost else step_cost.get(name)
-        row["wins"] = []
-        row["runs"] = [s["folder"] for s in own]
-        rows.append(row)
+        rows.append(cast(records.Row, row))
     _correct(rows, metrics)
     better = {measure_of(m): higher for m, higher in metrics.items()}
     _name_winners(rows, values, {"test_loss": False, **better})
     return rows
+
+
+def _differences(
+    values: Mapping[tuple[str, str], Mapping[int, float]], name: str, metrics: Iterable[str]
+) -> records.Differences:
+    """Of a row to that of `none`."""
+
+    def of(m: str) -> records.Difference:
+        return paired_difference(values[name, m], values["none", m])
+
+    found = {m: of(m) for m in MEASURES}
+    return cast(records.Differences, {**found, "metrics": {m: of(measure_of(m)) for m in metrics}})
 
 
 def _task_of(finished: Sequence[Summary]) -> Task | None:
@@ -336,9 +346,13 @@ def _task_of(finished: Sequence[Summary]) -> Task | None:
     return TASKS[next(iter(names))]() if names else None
 
 
-def _correct(rows: Sequence[dict[str, Any]], metrics: Iterable[str]) -> None:
+def _correct(rows: Sequence[records.Row], metrics: Iterable[str]) -> None:
     """Add Holm's correction over the rows to each measure's p-value."""
-    compared = [row["difference_to_none"] for row in rows if row["difference_to_none"]]
+    compared = [
+        cast(Mapping[str, Any], row["difference_to_none"])
+        for row in rows
+        if row["difference_to_none"]
+    ]
     for of in [*([d[m] for d in compared] for m in MEASURES),
                *([d["metrics"][m] for d in compared] for m in metrics)]:  # fmt: skip
         corrected = holm([difference["p_value"] for difference in of])
@@ -347,7 +361,7 @@ def _correct(rows: Sequence[dict[str, Any]], metrics: Iterable[str]) -> None:
 
 
 def _name_winners(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[records.Row],
     values: Mapping[tuple[str, str], Mapping[int, float]],
     higher_is_better: Mapping[str, bool],
 ) -> None:

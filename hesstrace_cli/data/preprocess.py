@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesstrace_cli import records
 from hesstrace_cli.config import LARGEST_SHIFT, SMALLEST_SCALE, shortened
 from hesstrace_cli.errors import DataError
 
@@ -90,9 +91,12 @@ class Preprocess:
         }
         return cls(**settings)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> records.Preprocess:
         """The settings as plain values, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {
+            "mean": list(self.mean), "std": list(self.std), "scale": self.scale,
+            "channels": self.channels,
+        }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)

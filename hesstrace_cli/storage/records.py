@@ -164,7 +164,7 @@ def selected(record: Mapping[str, Any], split: str, metric: str) -> float | None
     return metrics_of(record, split).get(metric)
 
 
-def read_diverged(file: Path) -> dict[str, Any]:
+def read_diverged(file: Path) -> records.Diverged:
     """The note of a run that stopped with a loss that is not finite.
 
     Raises:
@@ -184,7 +184,7 @@ def read_chosen(file: Path) -> list[str] | None:
     return _checked(_read(file), _list_of(_TEXT), file, "repeat the comparison")
 
 
-def read_planned(file: Path) -> dict[str, dict[str, Any]]:
+def read_planned(file: Path) -> dict[str, records.Planned]:
     """What the runs of a comparison are, by their folders, those not begun included.
 
     Raises:

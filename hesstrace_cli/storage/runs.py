@@ -252,7 +252,7 @@ class RunFolder:
         if self.metrics.is_file():
             write_atomically(self.metrics, "".join(self._lines()[:epochs]))
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, record: records.Epoch) -> None:
         """Add the line of one epoch."""
         try:
             with self.metrics.open("a") as file:
@@ -264,7 +264,7 @@ class RunFolder:
                 f"{str(self.metrics)!r} cannot be written: {problem.strerror}"
             ) from problem
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, summary: records.Run) -> None:
         """Write `summary.json`, the sign that the run is finished."""
         write_atomically(
             self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"

@@ -10,15 +10,15 @@ and the Gauss-Newton part of its Hessian in the weights is G = (1/M) sum_m J_m^T
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hesstrace_cli import records
 from hesstrace_cli.errors import ConfigError, DataError, ModelError
 
 
@@ -39,9 +39,9 @@ class Selection:
         value = loss if self.metric == "loss" else metrics[self.metric]
         return value if self.higher_is_better else -value
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> records.Selection:
         """For a record."""
-        return dataclasses.asdict(self)
+        return {"metric": self.metric, "higher_is_better": self.higher_is_better}
 
 
 class Meter(ABC):

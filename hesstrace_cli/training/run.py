@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import select_device
 from hesstrace_cli.config import TrainConfig, parse_regularizers, regularizers_name
@@ -127,22 +128,25 @@ class Run:
         said = {"config": dataclasses.asdict(self.config), "versions": versions()}
         save_checkpoint(path, {"format": FORMAT, **self.trainer.state(), **said})
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> records.Run:
         """Evaluate the last weights, estimate their trace, and write the summary."""
-        summary, trainer = None, self.trainer
-        if self.ranks.is_first:
-            strengths = parse_regularizers(self.config.reg, self.config.lambda_)
-            told = {r.name: r.description() for r in trainer.regularizers}
-            summary = {
-                "schema": RUN_SCHEMA,
-                "regularizers": regularizers_name(strengths),
-                **summarize(trainer.model, trainer.data, self.config, self.folder.last),
-                "trace_penalty": told.get("trace"),
-                "seconds": trainer.seconds,
-                "device": str(trainer.device),
-                "versions": versions(),
-            }
+        summary = self._summary() if self.ranks.is_first else None
+        if summary is not None:
             self.folder.write_summary(summary)
             self._unlock()
-        written: dict[str, Any] = self.ranks.from_first(summary)
+        written: records.Run = self.ranks.from_first(summary)
         return written
+
+    def _summary(self) -> records.Run:
+        config, trainer = self.config, self.trainer
+        strengths = parse_regularizers(config.reg, config.lambda_)
+        told = {r.name: r.description() for r in trainer.regularizers}
+        return {
+            "schema": RUN_SCHEMA,
+            "regularizers": regularizers_name(strengths),
+            **summarize(trainer.model, trainer.data, config, self.folder.last),
+            "trace_penalty": told.get("trace"),
+            "seconds": trainer.seconds,
+            "device": str(trainer.device),
+            "versions": versions(),
+        }

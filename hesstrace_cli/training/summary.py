@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import top_eigenvalue, trace_record
 from hesstrace_cli.analysis.evaluation import evaluate, finite, input_jacobian
 from hesstrace_cli.autodiff.precision import full_precision
@@ -21,7 +21,7 @@ _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
 @full_precision()
 def summarize(
     model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path
-) -> dict[str, Any]:
+) -> records.Figures:
     """The figures of the trained weights, in eval mode.
 
     Args:
@@ -81,15 +81,19 @@ def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) 
 
 def _trace(
     model: nn.Module, split: Split, population: int, config: TrainConfig, checkpoint: Path
-) -> dict[str, Any]:
+) -> records.Trace | records.NoTrace:
     settings = EstimateConfig(
         model=config.model, dataset=config.dataset, seed=config.seed,
         batch_size=min(max(config.batch_size, 64), 250), max_seconds=60, per_layer=True,
     )  # fmt: skip
-    place = {"checkpoint": str(checkpoint), "model": config.model, "dataset": config.dataset}
     try:
         record = trace_record(model, split, settings, population=population)
     except (ModelError, NumericsError) as problem:  # the training itself was fine
-        nothing = dict.fromkeys(("trace", "stderr", "ci95", "method"))
-        return {**nothing, "reason": str(problem), "per_layer": [], **place}
-    return {**record, **place}
+        return {
+            "trace": None, "stderr": None, "ci95": None, "method": None, "reason": str(problem),
+            "per_layer": [], "checkpoint": str(checkpoint), "model": config.model,
+            "dataset": config.dataset,
+        }  # fmt: skip
+    record["checkpoint"] = str(checkpoint)
+    record["model"], record["dataset"] = config.model, config.dataset
+    return record

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
 
+from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import trace_record
 from hesstrace_cli.analysis.evaluation import Evaluation, evaluate, finite
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
@@ -60,7 +61,7 @@ class Progress:
     epoch: int
     step: int
     steps: int
-    record: dict[str, Any] | None = None
+    record: records.Epoch | None = None
     is_best: bool = False
 
 
@@ -292,10 +293,10 @@ class Trainer:
         with deterministic_algorithms(self.device):
             self.stepper.step(examples, self.step, progress, lr, self.sums)
 
-    def _end_epoch(self, epoch: int) -> tuple[dict[str, Any], bool]:
+    def _end_epoch(self, epoch: int) -> tuple[records.Epoch, bool]:
         """The record of an epoch, and whether it is the best so far."""
         sums, terms = self.reduce(), max(1, self.sums.examples)
-        record: dict[str, Any] = {
+        record: records.Epoch = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sums.loss.item() / terms,
@@ -303,20 +304,18 @@ class Trainer:
             "penalty_trace": sums.penalty.item() / sums.penalty_steps
             if sums.penalty_steps
             else None,
+            "seconds": self.seconds,
         }
         if self.config.precision == "fp16":
             record["skipped_steps"] = sums.skipped
         found = None
         if self.data.val is not None:
             found = evaluate(self.model, self.data.val, self.config.batch_size)
-            record |= {
-                "val_loss": finite(found.loss),
-                "val_accuracy": found.accuracy,
-                "val_metrics": {name: finite(value) for name, value in found.metrics.items()},
-            }
+            record["val_loss"] = finite(found.loss)
+            record["val_accuracy"] = found.accuracy
+            record["val_metrics"] = found.finite_metrics()
         if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
-            record |= self._monitored_trace()
-        record["seconds"] = self.seconds
+            record["trace"], record["trace_stderr"] = self._monitored_trace()
         self.sums = EpochSums.zero(self.device)
         return record, found is not None and self._is_best(found)
 
@@ -339,15 +338,15 @@ class Trainer:
         self.sums = dataclasses.replace(own, examples=int(examples.item()))
         return self.sums
 
-    def _monitored_trace(self) -> dict[str, float | None]:
-        """The trace on a subset that stays the same, in eval mode."""
+    def _monitored_trace(self) -> tuple[float | None, float | None]:
+        """The trace on a subset that stays the same, in eval mode, and its standard error."""
         split = self.data.train
         split = split.subset(stratified_order(split.targets, 0)[:_MONITORED_EXAMPLES])
         config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
         if not self.ranks.is_first:
-            return {"trace": None, "trace_stderr": None}
+            return None, None
         record = trace_record(self.model, split, config)
-        return {"trace": record["trace"], "trace_stderr": record["stderr"]}
+        return record["trace"], record["stderr"]
 
     def state(self) -> dict[str, Any]:
         """All that training goes on from, and what the data was, as a checkpoint holds them."""

@@ -12,8 +12,8 @@ Weight decay adds to every eigenvalue. Gradient flow, dw/dt = -H w, is unstable 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from hesstrace_cli import records
 from hesstrace_cli.curvature.spectrum.density import Share
 
 
@@ -40,7 +40,7 @@ def stability(
     momentum: float,
     weight_decay: float,
     nesterov: bool = False,
-) -> dict[str, Any]:
+) -> records.StabilityFigures:
     """The report: discrete steps of SGD, and gradient flow.
 
     Args:
@@ -86,7 +86,7 @@ def stability(
     }
 
 
-def sentence(report: dict[str, Any], matrix: str = "Hessian", rate: str = "a") -> str:
+def sentence(report: records.StabilityFigures, matrix: str = "Hessian", rate: str = "a") -> str:
     """The report in plain words.
 
     Args:
