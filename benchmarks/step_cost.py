@@ -8,7 +8,8 @@
 Steps are those of `hesstrace train` at full strength, on made images; all rows are timed in turn,
 in one run, so that a busy machine slows them alike. Memory is the peak of a step, weights and
 momentum included. The variance is that of the penalty's gradient over `--draws` draws on one batch,
-in units of its squared mean; the last column multiplies it with the extra time of a step.
+in units of its squared mean, with `--forms` and without batch norm that of the row by example; the
+last column multiplies it with the extra time of a step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hesstrace_cli.analysis.loading import select_device
+from hesstrace_cli.autodiff.calls import uses_batch_statistics
 from hesstrace_cli.autodiff.graph import gradient, inner
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.hessian import quadratic_form
@@ -103,9 +105,9 @@ def rows_of_forms() -> dict[str, dict[str, Any]]:
     dropped = {**of_all, "estimator": "dropout"}
     return {
         "none": {"reg": ["none"]},
+        "by example": of_all,
         "G, all tensors": {**ALL, **G},
         "G, tensors kept with 0.5": {**SOME, **G},
-        "by example": of_all,
         "by example, half the examples": {**of_all, "penalty_examples": 0.5},
         "by example, a quarter": {**of_all, "penalty_examples": 0.25},
         "by example, tensors kept with 0.5": {**dropped, "keep_prob": 0.5},
@@ -181,8 +183,8 @@ def peak_bytes(config: TrainConfig) -> float:
     return kept + max(held, default=0)
 
 
-def variance(trainer: Trainer, draws: int) -> float | None:
-    """sum Var(g) / ||E g||^2 of the penalty's gradient g over the draws, unbiased.
+def noise_and_signal(trainer: Trainer, draws: int) -> tuple[float, float] | None:
+    """sum Var(g) and ||E g||^2 of the penalty's gradient g over the draws, unbiased.
 
     Steps at learning rate 0 on one batch: their gradients differ by the penalty's alone, and
     that of the plain loss, the penalty's strength set to 0, is taken off.
@@ -204,7 +206,13 @@ def variance(trainer: Trainer, draws: int) -> float | None:
     mean = stacked.mean(0)
     spread = (stacked - mean).square().sum().item() / (draws - 1)
     square = mean.square().sum().item() - spread / draws
-    return spread / square if square > 0 else float("inf")
+    return spread, square
+
+
+def sample(trainer: Trainer) -> Tensor:
+    """Two examples."""
+    (((X, _, _),),) = trainer.examples([torch.arange(2)])
+    return X
 
 
 def main() -> None:
@@ -244,6 +252,7 @@ def table(rows: dict[str, dict[str, Any]], base: TrainConfig, arguments: argpars
     memory = peak_bytes(config)
     plain = Trainer.of(config)
     lines = []
+    signal = None  # of the row by example: without batch statistics that of all samples of tr(G)
     for name, settings in rows.items():
         config = dataclasses.replace(base, **settings)
         try:
@@ -259,11 +268,17 @@ def table(rows: dict[str, dict[str, Any]], base: TrainConfig, arguments: argpars
                 own = seconds_of_steps(trainer, steps) / steps
                 after = seconds_of_steps(plain, 2) / 2
                 ratios.append(own / ((before + after) / 2))
-            noise = variance(trainer, arguments.draws) if config.every == 1 else None
+            found = noise_and_signal(trainer, arguments.draws) if config.every == 1 else None
         except HesstraceError as problem:
             lines.append([name, "-", "-", "-", str(problem)[:60]])
             continue
         ratio = statistics.median(ratios)
+        noise = None
+        if found is not None:
+            if name == "by example" and not uses_batch_statistics(trainer.model, sample(trainer)):
+                signal = found[1]
+            square = found[1] if signal is None else signal
+            noise = found[0] / square if square > 0 else float("inf")
         cost = None if noise is None else noise * (ratio - 1)
         lines.append([name, f"{ratio:.2f}", f"{own_memory:.2f}",
                       "" if noise is None else f"{noise:.3g}",

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesstrace_cli.autodiff.checkpointing import plain_checkpoints
 from hesstrace_cli.autodiff.convolution import CONVOLUTIONS
+from hesstrace_cli.autodiff.group_norm import group_norm as fast_group_norm
 
 
 def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -164,7 +165,7 @@ def held_statistics(*, with_weights: bool = False) -> Iterator[None]:
     """Hold the batch's statistics constant in the backward passes inside.
 
     Args:
-        with_weights: Whether a batch norm's own weight and bias get gradients there.
+        with_weights: Whether a batch or group norm's own weight and bias get gradients there.
     """
     before = _Held.now, _Held.with_weights
     _Held.now, _Held.with_weights = True, with_weights
@@ -442,7 +443,13 @@ _SECOND_ORDER: dict[Any, Callable[..., Any]] = {
     **{operation: _in_full_precision(operation) for operation in _NORMS},
 }
 
-_IN_REVERSE: dict[Any, Callable[..., Any]] = {**_SECOND_ORDER, **CONVOLUTIONS}
+_FAST_GROUP_NORM = _in_full_precision(fast_group_norm(lambda: _Held.now and not _Held.with_weights))
+_IN_REVERSE: dict[Any, Callable[..., Any]] = {
+    **_SECOND_ORDER,
+    **CONVOLUTIONS,
+    F.group_norm: _FAST_GROUP_NORM,
+    torch.group_norm: _FAST_GROUP_NORM,
+}
 
 _BY_EXAMPLE: dict[Any, Callable[..., Any]] = {
     **_IN_REVERSE,

@@ -28,6 +28,7 @@ from hesstrace_cli.curvature.per_example.rules.embedding import embedding
 from hesstrace_cli.curvature.per_example.rules.layout import NormsOf
 from hesstrace_cli.curvature.per_example.rules.linear import linear
 from hesstrace_cli.curvature.per_example.rules.norm_layers import (
+    GROUP_NORMS,
     batch_norm,
     group_norm,
     held_batch_norm,
@@ -107,7 +108,7 @@ ROLES: dict[str, dict[int, str]] = {
     "CudnnBatchNorm": {1: "weight", 2: "bias"},
     _HELD: {1: "weight", 2: "bias"},
     "NativeLayerNorm": {1: "weight", 2: "bias"},
-    "NativeGroupNorm": {1: "weight", 2: "bias"},
+    **{name: {1: "weight", 2: "bias"} for name in GROUP_NORMS},
     "Embedding": {0: "weight"},
     "Mul": {0: "weight", 1: "weight"},
     "Add": {0: "weight", 1: "weight"},
@@ -120,7 +121,7 @@ NAMES = {
     **dict.fromkeys(CONVOLUTIONS, "convolutions"),
     **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", _HELD), "batch norm"),
     "NativeLayerNorm": "layer norm",
-    "NativeGroupNorm": "group norm",
+    **dict.fromkeys(GROUP_NORMS, "group norm"),
     "Embedding": "embeddings",
     "Mul": "products",
     "Add": "sums",
@@ -133,6 +134,6 @@ RULES: dict[str, Callable[[Any], NormsOf | None]] = {
     "CudnnBatchNorm": batch_norm,
     _HELD: held_batch_norm,
     "NativeLayerNorm": layer_norm,
-    "NativeGroupNorm": group_norm,
+    **dict.fromkeys(GROUP_NORMS, group_norm),
     "Embedding": embedding,
 }

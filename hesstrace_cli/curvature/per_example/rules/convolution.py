@@ -34,7 +34,7 @@ _FEW = 32
 
 The number of `torch.nn.utils._expanded_weights`.
 """
-_SUM = 4
+_SUM = 32
 """Products that take the time of adding two numbers of large matrices, roughly."""
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from hesstrace_cli.autodiff.group_norm import GROUP_NORM
 from hesstrace_cli.curvature.per_example.rules.layout import (
     Layout,
     Norms,
@@ -19,6 +20,9 @@ from hesstrace_cli.curvature.per_example.rules.layout import (
     total_squares,
 )
 from hesstrace_cli.curvature.per_example.rules.remade import remade
+
+GROUP_NORMS = ("NativeGroupNorm", f"autograd.Function {GROUP_NORM}")
+"""The names of their nodes."""
 
 
 class _Normalized(torch.autograd.Function):
@@ -116,9 +120,13 @@ def layer_norm(node: Any) -> NormsOf | None:
 
 def group_norm(node: Any) -> NormsOf | None:
     """Group norm."""
-    X, num_groups = node._saved_input, node._saved_group
-    mean = node._saved_result1.detach()[..., None]
-    rstd = node._saved_result2.detach()[..., None]
+    if isinstance(node, BackwardCFunction):
+        own: Any = node
+        (X, _, mean, rstd), num_groups = own.saved_tensors, own.num_groups
+    else:
+        X, num_groups = node._saved_input, node._saved_group
+        mean, rstd = node._saved_result1, node._saved_result2
+    mean, rstd = mean.detach()[..., None], rstd.detach()[..., None]
 
     def normalized(X: Tensor) -> Tensor:
         grouped = in_full(X).reshape(len(X), num_groups, -1)
