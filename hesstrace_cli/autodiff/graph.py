@@ -52,6 +52,11 @@ def topological(*outputs: Tensor) -> Iterator[Any]:
             stack.extend((following, False) for following, _ in node.next_functions)
 
 
+def leaves(*outputs: Tensor) -> Iterator[Tensor]:
+    """The tensors that some others depend on and whose gradient is accumulated."""
+    return (node.variable for node in topological(*outputs) if hasattr(node, "variable"))
+
+
 _DEAD_ENDS = ("Error", "NotImplemented")
 
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from hesstrace_cli.analysis.loading import tried_outputs
 from hesstrace_cli.autodiff.arguments import Arguments
-from hesstrace_cli.autodiff.calls import eval_mode
+from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.errors import DataError, ModelError
+from hesstrace_cli.library.models import device_of
 from hesstrace_cli.library.tasks import check_fit, resolve_task
 from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.tasks import Task, Tokens
 
 Batch = tuple[Tensor, Tensor]
 _TARGETS = ("labels", "label", "targets", "target")
-_CLOSE = 1e-2  # of a model's own loss, which may be in half precision
+_CLOSE = 1e-4  # of a model's own loss
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,20 @@ def open_loader(model: nn.Module, data: Iterable[Any], task: str | Task) -> Load
             f"data is a {type(data).__name__}, which can be read only once; give a DataLoader or a "
             "list of batches, as it is read in several passes"
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: Task | None = None
     marks: list[int] = []
-    num_examples, num_terms, is_shifted = 0, 0, False
+    num_examples, num_terms, width, is_shifted = 0, 0, 0, False
     for X, y in _pairs(data):
         marks.append(_mark(X, y))
         if found is None:
             found = resolve_task(task, y)
             found.check_targets(y, "data")
-            is_shifted = _check_outputs(model, X.to(device), y.to(device), found)
+            is_shifted, width = _check_outputs(model, X.to(device), y.to(device), found)
         found.check_targets(y, "data")
+        if found.num_terms(y) and found.num_outputs(y) > width:
+            raise DataError(f"batch {len(marks) - 1} has targets up to {found.num_outputs(y) - 1}, "
+                            f"and the model gives {width} outputs")  # fmt: skip
         num_examples += len(y)
         num_terms += found.num_terms(_next_ones(y, found) if is_shifted else y)
     if found is None:
@@ -113,26 +117,33 @@ def open_loader(model: nn.Module, data: Iterable[Any], task: str | Task) -> Load
     return loader
 
 
-def _check_outputs(model: nn.Module, X: Tensor, y: Tensor, task: Task) -> bool:
-    """Try the model on a batch; whether targets are the next inputs.
+def _check_outputs(model: nn.Module, X: Tensor, y: Tensor, task: Task) -> tuple[bool, int]:
+    """Try the model on a batch; whether targets are the next inputs, and the outputs' width.
 
     Raises:
         ModelError: If its outputs do not fit, or its own loss is another one than the task's.
     """
     name = type(model).__name__
     with eval_mode(model), random_state_kept():
-        outputs = tried_outputs(model, X, y, task, name, "eval mode").detach()
+        with random_state_kept():
+            outputs = tried_outputs(model, X, y, task, name, "eval mode")
         check_fit(task, outputs, y, name)
+        outputs, width = outputs.detach(), task.width(outputs)
+        if not torch.allclose(native_outputs(model, X).detach(), outputs, 1e-3, 1e-6, True):
+            raise ModelError(
+                f"{name} gives other outputs when it is called on the same inputs again, so that "
+                "its loss has no one Hessian"
+            )
         with torch.no_grad():
             own = _own_loss(model, X, y)
         if own is None:
-            return False
+            return False, width
         tried = {False: task.loss(outputs, y).item()}
         if isinstance(task, Tokens):
             tried[True] = task.loss(outputs, _next_ones(y, task)).item()
     for is_shifted, loss in tried.items():
         if abs(loss - own) <= _CLOSE * max(abs(own), 1e-3):
-            return is_shifted
+            return is_shifted, width
     raise ModelError(
         f"{name} says that its loss on the first batch is {own:.6g}, the task {task.name} gives "
         f"{tried[False]:.6g}; give the task that it is trained for, or batches (X, y)"
@@ -180,6 +191,8 @@ def as_batch(X: Any, y: Any, name: str) -> Batch:
     Raises:
         DataError: If they are no such things, or not as many of each.
     """
+    if any(isinstance(each, Tensor) and each.is_meta for each in (X, y)):
+        raise DataError(f"{name} is on the meta device, which holds no data")
     if not isinstance(y, Tensor) or not y.dim():
         raise DataError(f"{name} has targets of {_kind(y)}, expected a tensor (N, ...)")
     if isinstance(X, Mapping):

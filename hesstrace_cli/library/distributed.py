@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hesstrace_cli.distributed.parallel import meeting
+from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.regularizers import Coupled, Step, Term
 
 
@@ -66,9 +67,18 @@ class Parallel:
 
 
 def parallel_of(model: nn.Module) -> Parallel:
-    """The processes of a model's DistributedDataParallel; this one alone without."""
+    """The processes of a model's DistributedDataParallel; this one alone without.
+
+    Raises:
+        ConfigError: If its graph is said to be static.
+    """
     wrapped = getattr(model, "_orig_mod", model)
     if not isinstance(wrapped, DistributedDataParallel):
         return Parallel()
+    if wrapped.static_graph:
+        raise ConfigError(
+            "DistributedDataParallel(static_graph=True) takes the penalty's own backward pass for "
+            "the loss's, and gradients are left as each process has them; leave static_graph out"
+        )
     group = wrapped.process_group
     return Parallel(dist.get_rank(group), dist.get_world_size(group), group)

@@ -26,9 +26,10 @@ from hesstrace_cli.curvature.checks.verdicts import GOOD
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.library.batches import as_batch, open_loader
-from hesstrace_cli.library.models import apart, device_of, unwrapped
+from hesstrace_cli.library.models import apart, device_of, eager, hooks_off, unwrapped
 from hesstrace_cli.library.tasks import resolve_task
 from hesstrace_cli.library.wording import as_arguments, naming_arguments
+from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.tasks import Task
 
 _WHOLE = LARGEST  # batches come as the loader gives them
@@ -36,11 +37,14 @@ _WHOLE = LARGEST  # batches come as the loader gives them
 
 @contextmanager
 def _measuring() -> Iterator[None]:
-    """In full precision, with gradients, whatever the loop around has on; errors name arguments."""
+    """In full precision, with gradients, whatever the loop around has on; errors name arguments.
+
+    The random state is kept as a whole: a loader draws from it whenever it is read.
+    """
     with ExitStack() as stack:
-        for context in (naming_arguments(), full_precision(), torch.inference_mode(False)):
+        for context in (naming_arguments(), random_state_kept(), full_precision(), eager(),
+                        torch.inference_mode(False), torch.enable_grad()):  # fmt: skip
             stack.enter_context(context)
-        stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -125,7 +129,8 @@ def estimate_trace(
         max_seconds=max_seconds, seed=seed, batch_size=_WHOLE,
     )  # fmt: skip
     inner = _measured(model)
-    return estimate(inner, open_loader(inner, data, task), config, on_pass)
+    with hooks_off(inner):
+        return estimate(inner, open_loader(inner, data, task), config, on_pass)
 
 
 @_measuring()
@@ -179,7 +184,8 @@ def spectrum(
     )  # fmt: skip
     inner = _measured(model)
     run = {"lr": lr, "weight_decay": weight_decay}
-    record, doubts = spectrum_record(inner, open_loader(inner, data, task), config, run)
+    with hooks_off(inner):
+        record, doubts = spectrum_record(inner, open_loader(inner, data, task), config, run)
     for doubt in doubts:
         warnings.warn(as_arguments(doubt), stacklevel=2)
     return record
@@ -212,7 +218,8 @@ def verify(
     X, y = (each.to(device) for each in as_batch(X, y, "the batch"))
     found = resolve_task(task, y)
     found.check_targets(y, "y")
-    rows = rows_of_modes(Objective(inner, trainable(inner), found), X, y, seed)
+    with hooks_off(inner):
+        rows = rows_of_modes(Objective(inner, trainable(inner), found), X, y, seed)
     return {
         "task": found.name,
         "right": all(row.verdict in GOOD for row in rows),

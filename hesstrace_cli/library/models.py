@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.errors import ConfigError, ModelError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -35,12 +38,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a call of the model runs compiled code, through which there is one derivative."""
-    if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-        return is_compiled(model.module)
-    whole = isinstance(getattr(model, "_orig_mod", None), nn.Module)
-    return whole or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    return any(
+        isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
     )
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run what is compiled operation by operation, so that it has derivatives of every order."""
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def hooks_off(model: nn.Module) -> Iterator[None]:
+    """Without the hooks on gradients of parameters, which are for those of the whole loss.
+
+    A mask or a clip there would be taken twice, and change what a trace is of.
+    """
+    found = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in zip(found, kept, strict=True):
+            hooks.update(own)
 
 
 def apart(model: nn.Module) -> nn.Module:
@@ -80,5 +109,14 @@ def _accumulator(p: Tensor) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
+    """Where the model's parameters are.
+
+    Raises:
+        ModelError: If there is none, or it has no data.
+    """
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ModelError("the model has no parameter, so its Hessian is empty")
+    if first.is_meta:
+        raise ModelError("the model's parameters are on the meta device, which holds no data")
+    return first.device

@@ -7,6 +7,7 @@ by the regularizer that `hesstrace train --reg trace` has, in a step of the user
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch.func import functional_call
 from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.calls import outputs_of, recorded_outputs, trainable
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
-from hesstrace_cli.autodiff.graph import topological
+from hesstrace_cli.autodiff.graph import leaves, topological
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import ALONE
@@ -26,7 +27,14 @@ from hesstrace_cli.errors import ConfigError, DataError, DerivativeError, ModelE
 from hesstrace_cli.library.batches import as_batch
 from hesstrace_cli.library.distributed import Parallel, parallel_of
 from hesstrace_cli.library.inputs import InputsWatch
-from hesstrace_cli.library.models import apart, device_of, is_compiled, unwrapped
+from hesstrace_cli.library.models import (
+    apart,
+    device_of,
+    eager,
+    hooks_off,
+    is_compiled,
+    unwrapped,
+)
 from hesstrace_cli.library.tasks import check_fit, resolve_task
 from hesstrace_cli.library.wording import naming_arguments
 from hesstrace_cli.randomness import random_state_kept, stream_generator
@@ -36,6 +44,9 @@ from hesstrace_cli.tasks import Task
 
 _TRIED = 16  # examples in double precision; times as many where these prove nothing:
 _MORE = 4
+# In a graph they are never right; what else is replaced in a model is found out with it.
+_FUSED = ("WeightNorm", "Hardsigmoid", "Hardswish", "ScaledDotProduct", "CudnnRnn", "Miopen")
+_MOVES = 30  # of the weights within one step, from which on it cannot be one
 
 
 @contextmanager
@@ -46,6 +57,13 @@ def differentiable() -> Iterator[None]:
     are kept; attention is taken from primitive operations, recurrent layers without cuDNN.
     """
     with differentiable_ops(order=2, by_example=True):
+        yield
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """With gradients, whatever the loop around has on; errors name arguments."""
+    with naming_arguments(), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
@@ -136,10 +154,11 @@ class TracePenalty:
         self._first: tuple[Tensor, Tensor] | None = None
         self._removed: set[str] = set()
         self._index, self._seen = 0, 0
+        self._moves, self._version = 0, 0
 
     # -- in the loop
 
-    @naming_arguments()
+    @_recording()
     def __call__(self, outputs: Any, targets: Tensor | None = None) -> Tensor:
         """Strength at this step times an unbiased sample of tr(G), to be added to the loss.
 
@@ -157,6 +176,8 @@ class TracePenalty:
             DerivativeError: If a derivative would be wrong or missing.
         """
         outputs = outputs_of(outputs)
+        if not len(outputs):
+            raise DataError("the batch has no example, expected some")
         if not outputs.requires_grad:
             raise ModelError("the outputs have no graph; call the model with gradients on, and "
                              "give the penalty what it returned")  # fmt: skip
@@ -169,9 +190,13 @@ class TracePenalty:
             raise ConfigError("penalty_examples below 1 takes a forward pass of its own; write "
                               "loss = penalty.loss(X, y)")  # fmt: skip
         self._check_forward_pass(outputs)
-        return self._penalty(self._step(None, outputs, targets, outputs.new_zeros(())))[0]
+        assert self.task is not None
+        assert self._first is not None
+        self.task.check_outputs(outputs, targets, type(self._inner).__name__)
+        step = self._step(self._first[0], outputs, targets, outputs.new_zeros(()))
+        return self._penalty(step)[0]
 
-    @naming_arguments()
+    @_recording()
     def loss(self, X: Any, y: Tensor) -> Tensor:
         """The task's mean loss of a batch plus the penalty, 0-dim with a graph.
 
@@ -196,16 +221,18 @@ class TracePenalty:
         else:
             with differentiable():
                 outputs = outputs_of(self.model(*args, **kwargs))
+        self.task.check_outputs(outputs, y, type(self._inner).__name__)
         loss = self.task.loss(outputs, y)
         if own_pass and regularizer.of_g and not regularizer.is_of_some:
-            recorded = recorded_outputs(self._inner, trainable(self._inner), X)
+            with eager():
+                recorded = recorded_outputs(self._inner, trainable(self._inner), X)
             return loss + self._penalty(self._step(X, recorded, y, loss))[0]
         penalty, given = self._penalty(self._step(X, outputs, y, loss))
         return (loss if given is None or loss.requires_grad else given) + penalty
 
     def step(self) -> None:
         """One step of the optimizer is done: for `every`, `warmup_steps` and the next probes."""
-        self._index, self._seen = self._index + 1, 0
+        self._index, self._seen, self._moves = self._index + 1, 0, 0
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs."""
@@ -213,12 +240,21 @@ class TracePenalty:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
-        self._index, self._seen = state["step"], 0
+        self._index, self._seen, self._moves = state["step"], 0, 0
 
     def description(self) -> dict[str, Any]:
         """Which task, curvature and form it is, by which rule, and by which derivatives."""
         own = self._regularizer.description() if self._prepared_for is not None else {}
         return {"task": None if self.task is None else self.task.name, **own}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: each for name, each in vars(self).items() if name != "_parallel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._parallel = parallel_of(self.model)
+        if self._prepared_for is None:
+            self._watch.go_on()
 
     # -- how
 
@@ -252,16 +288,22 @@ class TracePenalty:
             return
         if self._first is not None:
             X, y = self._first
+            of_weights = next(self._inner.parameters())
+            X = X.to(of_weights) if X.is_floating_point() else X.to(of_weights.device)
+            y = y.to(of_weights.device)
         if X is None:
             raise ModelError(
                 "the model has not been called since the penalty was made, so that its derivatives "
                 "cannot be looked at; make the penalty before the forward pass"
             )
         assert self.task is not None
-        with random_state_kept(), torch.enable_grad(), _without_autocast(X.device):
+        without = _without_autocast(device_of(self._inner))
+        with random_state_kept(), hooks_off(self._inner), eager(), without:
             self.task.check_targets(y, "the batch")
             model = apart(self._inner)
-            self._first = X, y = X[: _MORE * _TRIED].detach(), y[: _MORE * _TRIED]
+            # Of rows that were left out or put together behind the model, those that there are.
+            size = min(len(X), len(y), _MORE * _TRIED)
+            self._first = X, y = X[:size].detach(), y[:size]
             native = _plain_outputs(model, X)
             if outputs is not None and outputs.shape[1:] != native.shape[1:]:
                 raise ModelError(
@@ -269,7 +311,8 @@ class TracePenalty:
                     f"{(len(outputs), *native.shape[1:])}; give the penalty what the model "
                     "returned, and where some do not count, targets with the ignored index"
                 )
-            check_fit(self.task, native, y, type(model).__name__)
+            for each in (native,) if outputs is None else (native, outputs[:size]):
+                check_fit(self.task, each, y, type(model).__name__)
             objective = Objective(model, trainable(model), self.task)
             setting = Setting(objective, X, y, _TRIED, self.task.width(native), 0, ALONE)
             self._regularizer = TraceRegularizer(
@@ -289,12 +332,19 @@ class TracePenalty:
             DerivativeError: If an operation is in their graph that is replaced there.
         """
         nodes = _nodes(outputs)
+        own = {id(p) for p in trainable(self._inner).values()}
+        if not any(id(p) in own for p in leaves(outputs)):
+            raise ModelError(
+                "the outputs do not depend on the model's parameters; give the penalty the model "
+                "whose own parameters were called: functional_call with others, and other models, "
+                "have a penalty of their own"
+            )
         if any("CompiledFunction" in name for name in nodes):
             raise DerivativeError(
                 "the outputs come from compiled code, through which there is no second derivative; "
                 "write loss = penalty.loss(X, y), which takes a pass of its own beside it"
             )
-        outside = sorted(nodes & self._removed)
+        outside = sorted(n for n in nodes if n in self._removed or n.startswith(_FUSED))
         if outside:
             raise DerivativeError(
                 f"the forward pass ran outside hesstrace_cli.differentiable(): {outside[0]} has no "
@@ -305,6 +355,7 @@ class TracePenalty:
     def _step(self, X: Tensor | None, outputs: Tensor, y: Tensor, loss: Tensor) -> Step:
         assert self.task is not None
         device, ranks, N = outputs.device, self._parallel, len(y)
+        self._count_moves()
         rows = (self._seen + torch.arange(N)) * ranks.size + ranks.rank
         number, self._seen = self._seen, self._seen + N
         whole = ranks.size * self._seen
@@ -319,9 +370,31 @@ class TracePenalty:
         )  # fmt: skip
         return ranks.gathered(self._regularizer, step)
 
+    def _count_moves(self) -> None:
+        """Say it where steps are never said to be done; SAM and L-BFGS move weights in a step."""
+        version = sum(p._version for p in trainable(self._inner).values())
+        if self._seen and version != self._version:
+            self._moves += 1
+        self._version = version
+        if self._moves == _MOVES:
+            self._moves += 1
+            warnings.warn(
+                f"the weights have moved {_MOVES} times since the last penalty.step(), without "
+                "which warm-up stands still and each step drops the same tensors; call it after "
+                "optimizer.step()",
+                stacklevel=6,
+            )
+
     def _penalty(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """The weighted term, and the plain loss where its own pass gave it."""
-        term = self._regularizer.term(step)
+        with hooks_off(self._inner), eager():
+            try:
+                term = self._regularizer.term(step)
+            except DerivativeError as problem:
+                if "second time" not in str(problem):
+                    raise
+                raise ModelError("the graph of the outputs is gone; call the penalty before "
+                                 "loss.backward()") from problem  # fmt: skip
         if term is None:
             return step.loss.new_zeros(()), None
         self.trace = term.value.detach()

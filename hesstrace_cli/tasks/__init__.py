@@ -79,7 +79,10 @@ def choose_task(targets: Tensor) -> tuple[str, str]:
     if not targets.is_floating_point() and not targets.is_complex() and dim in (1, 2, 3):
         name = {1: "classification", 2: "tokens", 3: "segmentation"}[dim]
         return name, f"auto: {shape}"
-    raise DataError(f"no task has {shape}; --task is one of {', '.join(TASKS)}")
+    hint = ""
+    if targets.is_floating_point() and dim == 1:
+        hint = "; numbers to be met are (N, 1), as the outputs, and class numbers are integers"
+    raise DataError(f"no task has {shape}{hint}; --task is one of {', '.join(TASKS)}")
 
 
 def _are_probabilities(targets: Tensor) -> bool:

@@ -131,6 +131,8 @@ def work(rank, ports):
     sharded = fully_shard(filled(Wide()), mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(ConfigError, match="FSDP"):
         TracePenalty(sharded, 0.3)
+    with pytest.raises(ConfigError, match="static_graph"):
+        TracePenalty(DistributedDataParallel(filled(Wide()), static_graph=True), 0.3)
     return found
 
 

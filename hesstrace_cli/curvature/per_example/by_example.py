@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.differentiable import held_statistics
-from hesstrace_cli.autodiff.graph import Params
+from hesstrace_cli.autodiff.graph import Params, topological
 from hesstrace_cli.curvature.per_example.norms import check_layouts
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
 from hesstrace_cli.curvature.per_example.rules.layout import Layout
@@ -64,14 +64,16 @@ class ByExample:
     """Samples of tr(G) from the graph of a forward pass within `differentiable_ops`.
 
     It must have been called with `order=2, by_example=True` if there is batch norm in it. Which
-    parameter takes which way is found out on the first batch, by two backward passes, and kept.
+    parameter takes which way is found out on the first batch, by two backward passes, and kept for
+    passes of the same operations: others, behind the model too, may let examples touch each other.
 
     Attributes:
-        ways: By the parameters' names; empty before the first batch.
+        ways: By the parameters' names, in the last pass; empty before the first batch.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, Way] = {}
+        self._known: dict[int, tuple[dict[str, Way], bool]] = {}
 
     def examine(self, outputs: Tensor, params: Params, task: Task) -> None:
         """Find out which way each parameter takes.
@@ -103,6 +105,7 @@ class ByExample:
                 self.ways[name] = Way("example", use.kind, layouts[name].strided, single)
         for name in params.keys() - self.ways.keys():
             self.ways[name] = Way("batch", reason="used twice, or in an operation without a rule")
+        self._known[_operations(outputs)] = self.ways, len(outputs) == 1
 
     @property
     def is_batch(self) -> bool:
@@ -141,9 +144,9 @@ class ByExample:
             num_examples: Of the batch, where they are a part of it.
             num_terms: M, if not that of the targets.
         """
-        if not self.ways or (len(outputs) > 1 and self._learned_from_one):
+        self.ways, is_of_one = self._known.get(_operations(outputs), ({}, True))
+        if not self.ways or (is_of_one and len(outputs) > 1):
             self.examine(outputs, params, task)
-            self._learned_from_one = len(outputs) == 1
         num_terms = num_terms or task.divisor(targets)
         uses = find_uses(outputs, params)
         closed, missed = self._closed(outputs, uses, params, task, targets)
@@ -158,8 +161,6 @@ class ByExample:
                 parts += self._squares(outputs, uses, params, cotangent, keep)
             samples.append(torch.stack(parts).sum() / num_terms)
         return samples
-
-    _learned_from_one = False
 
     def _closed(
         self, outputs: Tensor, uses: list[Use], params: Params, task: Task, targets: Tensor
@@ -241,3 +242,9 @@ def _on_the_way(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _operations(outputs: Tensor) -> int:
+    """A number for the operations of a forward pass in their order; casts move no example."""
+    names = (node.name() for node in topological(outputs))
+    return hash(tuple(name for name in names if not name.startswith("ToCopy")))
