@@ -43,7 +43,11 @@ TRAIN = (
 
 @pytest.mark.parametrize(
     "penalty",
-    [["--reg", "trace=0.01"], ["--reg", "trace=0.003", "--curvature", "hessian"]],
+    [
+        ["--reg", "trace=0.01"],
+        ["--reg", "trace=0.003", "--curvature", "hessian"],
+        ["--reg", "trace=0.01", "--form", "example", "--shard"],
+    ],
 )
 def test_two_processes_give_the_same_weights(tmp_path, penalty):
     flags = [*TRAIN, *penalty]

@@ -187,7 +187,7 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
     Raises:
         ModelError: If it does not take them, or gives what the task does not expect.
     """
-    X, y = next(data.test.batches(_few(data)))
+    X, y = _on_device(model, next(data.test.batches(_few(data))))
     with eval_mode(model):
         outputs = tried_outputs(model, X, y, data.task, name, "eval mode")
     width = data.task.width(outputs)
@@ -205,11 +205,17 @@ def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:
     Raises:
         ModelError: If it does not take them, or gives what the task does not expect.
     """
-    X, y = next(data.train.batches(_few(data)))
+    X, y = _on_device(model, next(data.train.batches(_few(data))))
     if len(X) < 2:
         return
     with random_state_kept():
         tried_outputs(model.train(), X, y, data.task, name, "training mode")
+
+
+def _on_device(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where the model is, which may not be where the data is yet."""
+    device = next((p.device for p in model.parameters()), batch[0].device)
+    return batch[0].to(device), batch[1].to(device)
 
 
 def _few(data: DataSet) -> int:

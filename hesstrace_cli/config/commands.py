@@ -223,6 +223,10 @@ class TrainConfig(DataConfig):
         False, "BatchNorm over the examples of all of torchrun's processes, not of each",
         panel="Machine",
     )  # fmt: skip
+    shard: bool = option(
+        False, "split weights, gradients and optimizer's state over torchrun's processes (FSDP2)",
+        panel="Machine",
+    )  # fmt: skip
     monitor_trace: int = option(
         0, "estimate the trace every k epochs on 500 fixed examples", panel="Output", minimum=0
     )

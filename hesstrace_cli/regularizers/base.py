@@ -161,6 +161,8 @@ class Regularizer:
         by_example: Whether it needs the ordinary forward pass inside
             `differentiable_ops(by_example=True)`, if of order 2.
         in_parts: Whether a batch may come in parts, over several processes or rounds.
+        reads_weights: Why it needs the whole weights in a step, half a sentence for an error, so
+            that they cannot be split over processes; None where it does not.
         logged_as: The name of its terms' mean value in the record of an epoch; None for none.
     """
 
@@ -168,6 +170,7 @@ class Regularizer:
     order: int = 1
     by_example: bool = False
     in_parts: bool = True
+    reads_weights: str | None = "it may read or move the whole weights"
     logged_as: ClassVar[str | None] = None
 
     def __init__(self, strength: float, config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ class ConfidencePenalty(Regularizer):
     """Adds minus the mean entropy."""
 
     name = "confidence"
+    reads_weights = None
     default = 0.1
     unit = "weight of minus the entropy"
     is_penalty = True

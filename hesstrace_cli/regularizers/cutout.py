@@ -19,6 +19,7 @@ class Cutout(Regularizer):
     """Erases a square of `strength` pixels a side."""
 
     name = "cutout"
+    reads_weights = None
     default = 8
     unit = "side in pixels"
 

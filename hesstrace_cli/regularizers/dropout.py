@@ -21,6 +21,7 @@ class Dropout(Regularizer):
     """Drops each feature with probability `strength`, in training mode only."""
 
     name = "dropout"
+    reads_weights = None
     default = 0.2
     unit = "drop probability"
     maximum = 0.95

@@ -16,6 +16,7 @@ class LabelSmoothing(Regularizer):
     """Trains on cross-entropy with the target (1 - epsilon) onehot + epsilon / C."""
 
     name = "label-smoothing"
+    reads_weights = None
     default = 0.1
     unit = "share spread over the classes"
     maximum = 1.0

@@ -22,6 +22,7 @@ class Mixup(Regularizer):
     """Mixes with a weight drawn from Beta(strength, strength)."""
 
     name = "mixup"
+    reads_weights = None
     default = 0.2
     unit = "alpha of Beta(alpha, alpha)"
 

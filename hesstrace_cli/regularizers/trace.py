@@ -163,6 +163,20 @@ class TraceRegularizer(Coupled):
         if self.by_example:
             self._examine(setting)
 
+    @property
+    def reads_weights(self) -> str | None:  # type: ignore[override]
+        """Differentiating twice in the weights themselves, as all but the form by example does."""
+        if not self.of_g:
+            return "tr(H) differentiates in the weights; --curvature ggn --form example does not"
+        if self.is_of_some:
+            return "--penalty-examples takes a pass of its own"
+        if not self.by_example:
+            return "the batch's norm differentiates in the weights; --form example does not"
+        whole = [name for name, way in self._examples.ways.items() if way.kind == "batch"]
+        if whole:
+            return f"{whole[0]} has no norm by example ({self._examples.ways[whole[0]].reason})"
+        return None
+
     def _examine(self, setting: Setting) -> None:
         """Find out which parameters go by example; where none does, the batch's norm is taken."""
         objective, X = setting.objective, setting.X[: setting.num_tried]

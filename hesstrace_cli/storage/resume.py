@@ -19,7 +19,7 @@ from hesstrace_cli.storage.state import check_whole, is_number
 # May differ between the first part of a run and a resumed one: they say where, not what.
 PLACE = (
     "out", "resume", "resume_or_start", "device", "num_workers", "data_dir", "download",
-    "keep_checkpoints", "tensorboard",
+    "keep_checkpoints", "tensorboard", "shard",
 )  # fmt: skip
 _STATE_NAMES = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
 

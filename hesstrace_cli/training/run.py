@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import select_device
@@ -111,40 +113,44 @@ class Run:
 
     def _store(self, progress: Progress) -> None:
         """Write down an epoch: its record first, then the state that goes beyond it."""
-        if not self.ranks.is_first or progress.record is None:
+        if progress.record is None:
             return
-        self.folder.append_metrics(progress.record)
-        self.events.add(progress.record)
+        if self.ranks.is_first:
+            self.folder.append_metrics(progress.record)
+            self.events.add(progress.record)
         if progress.is_best:
             self._save(self.folder.best)
         if self.config.keep_checkpoints:
             self._save(self.folder.of_epoch(progress.epoch))
+        if self.config.keep_checkpoints and self.ranks.is_first:
             self.folder.drop_before(progress.epoch - self.config.keep_checkpoints + 1)
         self._save(self.folder.last)
 
     def _save(self, path: Path) -> None:
+        state = self.trainer.state() if self.ranks.is_first or self.trainer.is_sharded else {}
         if not self.ranks.is_first:
             return
         said = {"config": dataclasses.asdict(self.config), "versions": versions()}
-        save_checkpoint(path, {"format": FORMAT, **self.trainer.state(), **said})
+        save_checkpoint(path, {"format": FORMAT, **state, **said})
 
     def finish(self) -> records.Run:
         """Evaluate the last weights, estimate their trace, and write the summary."""
-        summary = self._summary() if self.ranks.is_first else None
+        model = self.trainer.whole_model()
+        summary = self._summary(model) if self.ranks.is_first else None
         if summary is not None:
             self.folder.write_summary(summary)
             self._unlock()
         written: records.Run = self.ranks.from_first(summary)
         return written
 
-    def _summary(self) -> records.Run:
+    def _summary(self, model: nn.Module) -> records.Run:
         config, trainer = self.config, self.trainer
         strengths = parse_regularizers(config.reg, config.lambda_)
         told = {r.name: r.description() for r in trainer.regularizers}
         return {
             "schema": RUN_SCHEMA,
             "regularizers": regularizers_name(strengths),
-            **summarize(trainer.model, trainer.data, config, self.folder.last),
+            **summarize(model, trainer.data, config, self.folder.last),
             "trace_penalty": told.get("trace"),
             "seconds": trainer.seconds,
             "device": str(trainer.device),

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 
-from hesstrace_cli.autodiff.calls import outputs_of
+from hesstrace_cli.autodiff.calls import outputs_of, trainable
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.blame import naming_fault
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.distributed.parallel import Ranks
+from hesstrace_cli.distributed.sharding import let_go
 from hesstrace_cli.distributed.sync_norm import SyncedNorms
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.randomness import random_state, set_random_state
@@ -35,7 +37,9 @@ Gathered = dict[str, list[Tensor]]
 """By the name of a coupled regularizer what it has summed over the parts of a batch."""
 
 
-def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> list[Part]:
+def split_batch(
+    num_examples: int, ranks: Ranks, *, rounds: int, least: int, as_many: bool = False
+) -> list[Part]:
     """This process's parts of a batch, one or more.
 
     Args:
@@ -44,12 +48,15 @@ def split_batch(num_examples: int, ranks: Ranks, *, rounds: int, least: int) -> 
             even; in a batch too small for that, the last ones repeat some with weight 0.
         rounds: Parts of each process at most, one after the other.
         least: Examples of a part: 2 where a part of one has no batch statistics.
+        as_many: Whether every process has as many parts as any other, to meet in each.
     """
     sharing = max(1, min(ranks.size, num_examples // least))
     rows = torch.arange(num_examples)[ranks.rank % sharing :: sharing]
+    fewest = num_examples // sharing if as_many else len(rows)
+    count = max(1, min(rounds, fewest // least))
     if ranks.rank >= sharing:
-        return [Part(rows, num_examples, 0.0, num_examples, 0.0)]
-    parts = rows.tensor_split(max(1, min(rounds, len(rows) // least)))
+        return [Part(rows, num_examples, 0.0, num_examples, 0.0)] * (count if as_many else 1)
+    parts = rows.tensor_split(count)
     shares = [len(part) / num_examples for part in parts]
     return [
         Part(part, num_examples, share, num_examples, share)
@@ -99,6 +106,11 @@ class Stepper:
         self._model = torch.compile(model, dynamic=False) if self.config.compile else model
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes."""
+        return self.config.shard and self.ranks.size > 1
+
+    @property
     def order(self) -> int:
         """The highest derivative taken through the ordinary forward pass."""
         return max([1, *(regularizer.order for regularizer in self.regularizers)])
@@ -133,7 +145,11 @@ class Stepper:
             total += loss.detach()
             if step.part.share:
                 self._count(step, each, sums)
-        self._sum_gradients(total)
+        if self.is_sharded:
+            let_go(self.objective.model)
+            self.ranks.sum_([total])  # gradients are summed as they are split
+        else:
+            self._sum_gradients(total)
         self.scaler.unscale_(self.optimizer)
         self._check_finite(total, index)
         scale = self.scaler.get_scale()
@@ -186,8 +202,11 @@ class Stepper:
             if not batch.part.share:  # nothing may flow into others' examples through synced norms
                 outputs = outputs.detach() + 0 * outputs
             loss = self.objective.task.loss(outputs, batch.targets)
+        objective = self.objective
+        if self.is_sharded:  # the parameters in the graph are the gathered ones
+            objective = dataclasses.replace(objective, params=trainable(objective.model))
         return Step(
-            self.objective, batch.X, batch.targets, outputs, loss, batch.part, index, progress,
+            objective, batch.X, batch.targets, outputs, loss, batch.part, index, progress,
             batch.generator, batch.state,
         )  # fmt: skip
 
@@ -266,6 +285,7 @@ class Stepper:
     def _check_finite(self, total: Tensor, index: int) -> None:
         grads = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads)
+        size = size.full_tensor() if isinstance(size, DTensor) else size
         if self.scaler.is_enabled() and self._in_a_row < _MOST_SKIPPED:
             size = torch.zeros_like(size)  # an overflow there: the scaler leaves the step out
         if not torch.isfinite(total + size):

@@ -24,6 +24,7 @@ from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_regularizers
 from hesstrace_cli.config.schedule import learning_rate
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.distributed import sharding
 from hesstrace_cli.distributed.parallel import Ranks, join
 from hesstrace_cli.distributed.sync_norm import sync_norms
 from hesstrace_cli.errors import ConfigError
@@ -90,13 +91,18 @@ class Trainer:
         self, config: TrainConfig, data: DataSet, device: torch.device, ranks: Ranks
     ) -> None:
         self.config, self.data, self.device, self.ranks = config, data, device, ranks
+        self.is_sharded = config.shard and ranks.size > 1
+        # What is split has no room on one device: it is looked at on the CPU.
+        self._built_on = torch.device("cpu") if self.is_sharded else device
         self.model = self._build_model()
-        self.optimizer = self._build_optimizer()
         self.steps_per_epoch = self._count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
         self.objective = Objective(self.model, trainable(self.model), data.task)
         self.regularizers = self._build_regularizers()
         self._check_parts()
+        if self.is_sharded:
+            self._shard()
+        self.optimizer = self._build_optimizer()
         self.stepper = Stepper(
             config, self.objective, self.regularizers, self.optimizer, ranks,
             generators=partial(stream_generator, config.seed, device),
@@ -118,11 +124,30 @@ class Trainer:
         if config.init is not None:
             load_weights(model, read_checkpoint(config.init).state_dict, config.init)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
+        model = model.to(self._built_on, memory_format=layout).train()  # type: ignore[call-overload]
         self.num_outputs = check_fit(model, self.data, config.model)
         check_training_output(model, self.data, config.model)
         run_in_precision(model, config.precision, self.device)
         return model
+
+    def _shard(self) -> None:
+        """Split the model over the processes; its parameters are others afterwards.
+
+        Raises:
+            ConfigError: If something needs the whole weights in a step.
+        """
+        config = self.config
+        if config.compile or config.precision == "fp16":
+            given = "--compile" if config.compile else "--precision fp16"
+            raise ConfigError(f"--shard cannot be combined with {given}")
+        for regularizer in self.regularizers:
+            if regularizer.reads_weights is not None:
+                raise ConfigError(
+                    f"--shard splits the weights over the processes, and --reg {regularizer.name} "
+                    f"cannot be used so: {regularizer.reads_weights}"
+                )
+        sharding.shard(self.model, self.device, self.ranks)
+        self.objective = dataclasses.replace(self.objective, params=trainable(self.model))
 
     def _count_steps(self) -> int:
         """Steps in an epoch; one example left over that has no batch statistics sits it out.
@@ -143,7 +168,10 @@ class Trainer:
     def _parts(self, num_examples: int) -> list[Part]:
         alone = self.ranks.size == self.config.accumulate == 1
         least = 1 if alone or self._takes_one_example else 2
-        return split_batch(num_examples, self.ranks, rounds=self.config.accumulate, least=least)
+        return split_batch(
+            num_examples, self.ranks, rounds=self.config.accumulate, least=least,
+            as_many=self.is_sharded,
+        )  # fmt: skip
 
     def _check_parts(self) -> None:
         whole = [r.name for r in self.regularizers if not r.in_parts]
@@ -162,7 +190,7 @@ class Trainer:
 
     @functools.cached_property
     def _takes_one_example(self) -> bool:
-        X, _ = next(self.data.train.batches(1))
+        X = next(self.data.train.batches(1))[0].to(self._built_on)
         try:
             with torch.no_grad(), random_state_kept():
                 native_outputs(self.model.train(), X)
@@ -201,7 +229,8 @@ class Trainer:
         if not task.counts_all:  # a loss of no terms has all derivatives right
             order = order[[task.num_terms(targets[i]) > 0 for i in order]]
         tried = min(_TRIED_EXAMPLES, config.batch_size)
-        X, y = next(self.data.train.parts([order[: _MORE * tried]]))
+        examples = next(self.data.train.parts([order[: _MORE * tried]]))
+        X, y = (each.to(self._built_on) for each in examples)
         self._check_augmentation(X, y)
         regularizers = build(strengths, config)
         for regularizer in regularizers:
@@ -340,19 +369,38 @@ class Trainer:
 
     def _monitored_trace(self) -> tuple[float | None, float | None]:
         """The trace on a subset that stays the same, in eval mode, and its standard error."""
-        split = self.data.train
+        split, model = self.data.train, self.whole_model()
         split = split.subset(stratified_order(split.targets, 0)[:_MONITORED_EXAMPLES])
         config = EstimateConfig(rtol=0.1, max_seconds=60, batch_size=100)
         if not self.ranks.is_first:
             return None, None
-        record = trace_record(self.model, split, config)
+        record = trace_record(model, split, config)
         return record["trace"], record["stderr"]
 
+    def whole_model(self) -> nn.Module:
+        """The model with all of its weights; where they are split, a copy, by all processes."""
+        if not self.is_sharded:
+            return self.model
+        weights = sharding.whole(self.model.state_dict())
+        config = self.config
+        model = build_model(
+            config.model, num_classes=self.data.num_classes, in_shape=self.data.in_shape,
+            model_args=config.model_arg, seed=0,
+        )  # fmt: skip
+        model.load_state_dict(weights)
+        return model.to(self.device)
+
     def state(self) -> dict[str, Any]:
-        """All that training goes on from, and what the data was, as a checkpoint holds them."""
+        """All that training goes on from, and what the data was, as a checkpoint holds them.
+
+        Where weights are split, they are gathered: all processes come here.
+        """
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if self.is_sharded:
+            model, optimizer = sharding.whole(model), sharding.whole(optimizer)
         return {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "state_dict": model,
+            "optimizer": optimizer,
             "step": self.step,
             "epoch": self.epoch,
             "seconds": self.seconds,
@@ -388,8 +436,12 @@ class Trainer:
             checkpoint: Of `state`.
             weights: Its state dict, as it fits the model.
         """
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.is_sharded:
+            sharding.place_weights(self.model, weights)
+            sharding.place_optimizer(self.optimizer, checkpoint["optimizer"])
+        else:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best_score = checkpoint["best_score"]
         self.stepper.scaler.load_state_dict(checkpoint["scaler"])
