@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,4 +200,5 @@ def join(device: torch.device) -> Ranks:
 def leave() -> None:
     """Say goodbye, so that the job ends without a warning."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a split model holds on to the group, whose threads must end before Python
         dist.destroy_process_group()
