@@ -81,7 +81,7 @@ def top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -
         return extreme_eigenvalues(Krylov(matrix, start), k=1).largest[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TraceEstimate:
     """An estimate of a trace and how it was made.
 
@@ -96,6 +96,13 @@ class TraceEstimate:
     method: str
     reason: str
     num_probes: int
+
+    def __repr__(self) -> str:
+        error = "" if self.stderr is None else f", stderr={self.stderr:.4g}"
+        return (
+            f"TraceEstimate(value={self.value:.6g}{error}, method={self.method!r}, "
+            f"passes={self.passes}, {len(self.result.tensors)} tensors)"
+        )
 
     @property
     def value(self) -> float:

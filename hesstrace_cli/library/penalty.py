@@ -247,6 +247,14 @@ class TracePenalty:
         own = self._regularizer.description() if self._prepared_for is not None else {}
         return {"task": None if self.task is None else self.task.name, **own}
 
+    def __repr__(self) -> str:
+        task = "auto" if self.task is None else self.task.name
+        curvature = self._regularizer.choice.curvature
+        return (
+            f"TracePenalty({type(self._inner).__name__}, {self._strength:g}, task={task!r}, "
+            f"curvature={curvature!r}, at step {self._index})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: each for name, each in vars(self).items() if name != "_parallel"}
 

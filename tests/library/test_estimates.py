@@ -83,6 +83,8 @@ def test_it_is_the_dense_trace(data, curvature):
     model = filled(Small())
     found = estimate_trace(model, data, curvature=curvature, rtol=0.02)
     assert abs(found.value - dense(model, curvature)) <= 4 * found.stderr + 1e-9
+    assert repr(found).startswith(f"TraceEstimate(value={found.value:.6g}, stderr=")
+    assert "\n" not in repr(found)
 
 
 def test_all_is_left_as_found():
@@ -320,13 +322,15 @@ def test_verify_finds_a_wrong_backward_and_leaves_a_right_model_alone():
 # -- the package
 
 
-def test_help_imports_no_torch():
+def test_help_imports_no_torch_and_first_use_warns_of_nothing():
     code = (
         "import sys, hesstrace_cli; dir(hesstrace_cli); hesstrace_cli.__all__; "
         "assert 'torch' not in sys.modules; hesstrace_cli.estimate_trace; "
-        "assert 'torch' in sys.modules"
+        "assert 'torch' in sys.modules; import torch; model = torch.nn.Linear(2, 2); "
+        "penalty = hesstrace_cli.TracePenalty(model, 1, curvature='hessian'); "
+        "penalty.loss(torch.ones(4, 2), torch.tensor([0, 1, 0, 1])).backward()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], check=True)
 
 
 def test_the_package_says_that_it_is_typed():
