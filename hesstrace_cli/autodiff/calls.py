@@ -45,12 +45,30 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
+def hooks_off(model: nn.Module) -> Iterator[None]:
+    """Without the hooks on gradients of parameters, which are for those of the whole loss.
+
+    A mask or a clip there would be taken twice, and change what a trace is of.
+    """
+    found = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in zip(found, kept, strict=True):
+            hooks.update(own)
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run what is inside in eval mode; every module's own mode is back afterwards."""
+    """Run what is inside in eval mode, `hooks_off`; every module's own mode is back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with hooks_off(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -26,7 +26,7 @@ from hesstrace_cli.curvature.checks.verdicts import GOOD
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.library.batches import as_batch, open_loader
-from hesstrace_cli.library.models import apart, device_of, eager, hooks_off, unwrapped
+from hesstrace_cli.library.models import apart, device_of, eager, unwrapped
 from hesstrace_cli.library.tasks import resolve_task
 from hesstrace_cli.library.wording import as_arguments, naming_arguments
 from hesstrace_cli.randomness import random_state_kept
@@ -129,8 +129,7 @@ def estimate_trace(
         max_seconds=max_seconds, seed=seed, batch_size=_WHOLE,
     )  # fmt: skip
     inner = _measured(model)
-    with hooks_off(inner):
-        return estimate(inner, open_loader(inner, data, task), config, on_pass)
+    return estimate(inner, open_loader(inner, data, task), config, on_pass)
 
 
 @_measuring()
@@ -184,8 +183,7 @@ def spectrum(
     )  # fmt: skip
     inner = _measured(model)
     run = {"lr": lr, "weight_decay": weight_decay}
-    with hooks_off(inner):
-        record, doubts = spectrum_record(inner, open_loader(inner, data, task), config, run)
+    record, doubts = spectrum_record(inner, open_loader(inner, data, task), config, run)
     for doubt in doubts:
         warnings.warn(as_arguments(doubt), stacklevel=2)
     return record
@@ -218,8 +216,7 @@ def verify(
     X, y = (each.to(device) for each in as_batch(X, y, "the batch"))
     found = resolve_task(task, y)
     found.check_targets(y, "y")
-    with hooks_off(inner):
-        rows = rows_of_modes(Objective(inner, trainable(inner), found), X, y, seed)
+    rows = rows_of_modes(Objective(inner, trainable(inner), found), X, y, seed)
     return {
         "task": found.name,
         "right": all(row.verdict in GOOD for row in rows),

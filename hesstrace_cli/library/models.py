@@ -55,23 +55,6 @@ def eager() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def hooks_off(model: nn.Module) -> Iterator[None]:
-    """Without the hooks on gradients of parameters, which are for those of the whole loss.
-
-    A mask or a clip there would be taken twice, and change what a trace is of.
-    """
-    found = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, own in zip(found, kept, strict=True):
-            hooks.update(own)
-
-
 def apart(model: nn.Module) -> nn.Module:
     """The model to move weights of for a while: a copy where autograd holds on to the original's.
 

@@ -31,7 +31,6 @@ from hesstrace_cli.library.models import (
     apart,
     device_of,
     eager,
-    hooks_off,
     is_compiled,
     unwrapped,
 )
@@ -306,7 +305,7 @@ class TracePenalty:
             )
         assert self.task is not None
         without = _without_autocast(device_of(self._inner))
-        with random_state_kept(), hooks_off(self._inner), eager(), without:
+        with random_state_kept(), eager(), without:
             self.task.check_targets(y, "the batch")
             model = apart(self._inner)
             # Of rows that were left out or put together behind the model, those that there are.
@@ -395,7 +394,7 @@ class TracePenalty:
 
     def _penalty(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """The weighted term, and the plain loss where its own pass gave it."""
-        with hooks_off(self._inner), eager():
+        with eager():
             try:
                 term = self._regularizer.term(step)
             except DerivativeError as problem:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor
 
-from hesstrace_cli.autodiff.calls import recorded_outputs, uses_batch_statistics
+from hesstrace_cli.autodiff.calls import hooks_off, recorded_outputs, uses_batch_statistics
 from hesstrace_cli.autodiff.graph import Params, check_graph
 from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.config.schedule import ramp
@@ -154,11 +154,12 @@ class TraceRegularizer(Coupled):
                 "penalty would never be added"
             )
         self._take(choose_curvature(config.curvature, objective, setting.X[:2]))
-        engine = choose_engine(
-            objective, setting.X, setting.y, curvature=self.choice.curvature,
-            compiled=config.compile, single=config.precision == "float32", seed=config.seed,
-            first=setting.num_tried,
-        )  # fmt: skip
+        with hooks_off(objective.model):
+            engine = choose_engine(
+                objective, setting.X, setting.y, curvature=self.choice.curvature,
+                compiled=config.compile, single=config.precision == "float32", seed=config.seed,
+                first=setting.num_tried,
+            )  # fmt: skip
         self.engine = setting.ranks.from_first(engine)
         if self.by_example:
             self._examine(setting)
@@ -209,13 +210,14 @@ class TraceRegularizer(Coupled):
 
     def gather(self, step: Step) -> list[Tensor]:
         """Each probe's sum over the examples."""
-        return [g for _, grads in self._root_gradients(step) for g in grads.values()]
+        with hooks_off(step.objective.model):
+            return [g for _, grads in self._root_gradients(step) for g in grads.values()]
 
     def term(self, step: Step) -> Term | None:
         """The unbiased sample of the trace, averaged over the probes."""
         if not self._is_active(step.index, step.progress):
             return None
-        with naming_fault(step.objective, step.X):
+        with naming_fault(step.objective, step.X), hooks_off(step.objective.model):
             samples, loss = self._samples(step)
             value = torch.stack(samples).mean()
             if not self._graph_checked:

@@ -14,8 +14,11 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from hesstrace_cli import TracePenalty, differentiable, estimate_trace
+from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.errors import DataError, DerivativeError, ModelError
+from hesstrace_cli.library.batches import open_loader
 from tests.library.test_penalty import (
     AllDraws,
     D,
@@ -195,6 +198,17 @@ def test_gradients_off_change_nothing(context):
             value = penalty(outputs, Y)
         penalty._seen = 0
         torch.testing.assert_close(gradient(model, value), gradient(model, penalty(again, Y)))
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "auto", "xtrace"])
+def test_hooks_on_gradients_are_no_part_of_an_estimate(method):
+    """By the commands' own function too."""
+    model = filled(Small())
+    data, config = open_loader(model, [(X, Y)], "auto"), EstimateConfig(method=method)
+    before = estimate(model, data, config).value
+    model.first.weight.register_hook(lambda g: 3 * g)
+    assert estimate(model, data, config).value == before
+    assert model.first.weight._backward_hooks
 
 
 def test_hooks_on_gradients_are_for_the_whole_loss(monkeypatch):
