@@ -20,7 +20,7 @@ from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.calls import outputs_of, recorded_outputs, trainable
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.autodiff.graph import leaves, topological
-from hesstrace_cli.config import TrainConfig
+from hesstrace_cli.config import TrainConfig, shortened
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import ALONE
 from hesstrace_cli.errors import ConfigError, DataError, DerivativeError, ModelError
@@ -127,8 +127,8 @@ class TracePenalty:
         warmup_steps: int = 0,
         generator: Generator | None = None,
     ) -> None:
-        if not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-            raise ConfigError(f"strength is {strength!r}, expected a number from 0")
+        if not isinstance(strength, (int, float)) or not 0 <= strength <= 1e300:
+            raise ConfigError(f"strength is {shortened(strength)}, expected a number from 0")
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ConfigError(f"warmup_steps is {warmup_steps!r}, expected a whole number from 0")
         if generator is not None and not isinstance(generator, Generator):

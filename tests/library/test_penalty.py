@@ -569,6 +569,7 @@ WRONG = {
     "estimator": ({"estimator": "hutch"}, "estimator is 'hutch'"),
     "form": ({"form": "example", "curvature": "hessian"}, 'form="example"'),
     "strength": ({"strength": -1.0}, "strength is -1"),
+    "strength huge": ({"strength": 10**400}, "strength is "),
     "strength nan": ({"strength": float("nan")}, "strength is nan"),
     "every": ({"every": 0}, "every is 0"),
     "warmup_steps": ({"warmup_steps": -1}, "warmup_steps is -1"),
