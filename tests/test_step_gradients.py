@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.amp import GradScaler
 from torch.func import functional_call
 
@@ -181,6 +182,20 @@ def test_the_function_that_is_compiled(tmp_path, monkeypatch, settings):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     found = gradient_of_one_step(tmp_path / "b", **settings, compile=True)
     assert error_of(found, truth) < SINGLE
+
+
+def test_a_compiler_that_fails_is_said_to(tmp_path, monkeypatch):
+    """As with a cache that holds half a file; the model is not to blame."""
+
+    def fails(function, **_):
+        def call(*_):
+            raise BackendCompilerFailed(function, ImportError("main.so: file too short"), None)
+
+        return call if not isinstance(function, torch.nn.Module) else function
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(ConfigError, match=r"compiler failed.*file too short.*--compile"):
+        gradient_of_one_step(tmp_path / "a", **OF_G[0], compile=True)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.autodiff.graph import check_graph
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.errors import DerivativeError
+from hesstrace_cli.errors import ConfigError, DerivativeError
 from hesstrace_cli.failures import is_of_the_machine
 
 
@@ -26,6 +26,9 @@ def naming_fault(objective: Objective, X: Tensor) -> Iterator[None]:
         raise derivative_error(problem, objective, X) from problem
 
 
+_COMPILER = ("torch._dynamo", "torch._inductor")
+
+
 def derivative_error(problem: Exception, objective: Objective, X: Tensor) -> Exception:
     """The error to raise for a derivative that failed: it names the innermost module at fault.
 
@@ -35,11 +38,17 @@ def derivative_error(problem: Exception, objective: Objective, X: Tensor) -> Exc
         X: The batch that it failed on.
 
     Returns:
-        A DerivativeError; or `problem` itself where memory ran out or a device failed.
+        A DerivativeError; a ConfigError where the compiler failed; or `problem` itself where memory
+        ran out or a device failed.
     """
     if is_of_the_machine(problem):
         return problem
     reason = " ".join(str(problem).split())
+    if type(problem).__module__.startswith(_COMPILER):
+        return ConfigError(
+            f"PyTorch's compiler failed: {reason[:300]}; leave out --compile, or empty its cache "
+            "(TORCHINDUCTOR_CACHE_DIR)"
+        )
     name, module = _innermost_at_fault(objective, X)
     where = f"module {name!r} ({type(module).__name__})" if module is not None else "the model"
     return DerivativeError(
