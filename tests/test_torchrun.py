@@ -75,7 +75,10 @@ def test_two_processes_give_the_same_weights(tmp_path, penalty):
 
 @pytest.mark.parametrize(
     "penalty",
-    [["--reg", "trace=0.01"], ["--reg", "trace=0.0003", "--curvature", "hessian"]],
+    [
+        ["--reg", "trace=0.01"],
+        pytest.param(["--reg", "trace=0.0003", "--curvature", "hessian"], marks=pytest.mark.slow),
+    ],
 )
 def test_synced_batch_norm_is_that_of_one_process(tmp_path, penalty):
     """The last batch has 4 examples: processes 0 and 1 share them, and 2 has none."""

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hesstrace_cli.autodiff.checkpointing import plain_checkpoints
 from hesstrace_cli.autodiff.convolution import CONVOLUTIONS
 from hesstrace_cli.autodiff.group_norm import group_norm as fast_group_norm
+from hesstrace_cli.autodiff.layer_calls import noting
 
 
 def _normalize(X: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -494,11 +495,12 @@ def differentiable_ops(*, order: int = 3, by_example: bool = False) -> Iterator[
             order 2 alone.
     """
     if order <= 1:
-        with plain_checkpoints(), _ReplaceOperations(_FIRST_ORDER):
+        with noting(), plain_checkpoints(), _ReplaceOperations(_FIRST_ORDER):
             yield
         return
     replacements = _ANY_ORDER
     if order <= 2:
         replacements = _BY_EXAMPLE if by_example else _IN_REVERSE
-    with plain_checkpoints(), sdpa_kernel(SDPBackend.MATH), _ReplaceOperations(replacements):
+    attention = sdpa_kernel(SDPBackend.MATH)
+    with noting(), plain_checkpoints(), attention, _ReplaceOperations(replacements):
         yield

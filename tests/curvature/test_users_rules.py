@@ -306,3 +306,8 @@ def test_verify_train_and_estimate_tell(tmp_path):
     result = invoke("estimate-trace", tmp_path / "b" / "last.pt", *model)
     assert result.exit_code == 4
     assert "norm rule of layer Gain, value is wrong" in result.stderr
+
+
+def test_no_hook_is_left_on_others_modules():
+    """A rule that is registered is no matter of a loop that does not differentiate here."""
+    assert not torch.nn.modules.module._has_any_global_hook()

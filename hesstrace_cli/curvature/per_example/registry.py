@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hesstrace_cli.autodiff import layer_calls
 from hesstrace_cli.autodiff.convolution import OF_WEIGHTS
 from hesstrace_cli.autodiff.differentiable import HELD_BATCH_NORM
-from hesstrace_cli.curvature.per_example import layer_calls
 from hesstrace_cli.curvature.per_example.rules.convolution import convolution
 from hesstrace_cli.curvature.per_example.rules.embedding import embedding
 from hesstrace_cli.curvature.per_example.rules.layout import NormsOf

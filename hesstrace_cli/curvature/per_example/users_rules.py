@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hesstrace_cli.curvature.per_example.layer_calls import LayerCall
+from hesstrace_cli.autodiff.layer_calls import LayerCall
 from hesstrace_cli.curvature.per_example.registry import (
     FUNCTION_RULES,
     LAYER_RULES,

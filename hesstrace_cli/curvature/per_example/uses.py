@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesstrace_cli.autodiff.graph import Params, topological
-from hesstrace_cli.curvature.per_example.layer_calls import LayerCall, calls_at
+from hesstrace_cli.autodiff.layer_calls import LayerCall, calls_at
 from hesstrace_cli.curvature.per_example.linearity import operation
 from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, NAMES, ROLES, RULES
 from hesstrace_cli.curvature.per_example.rules.broadcast import broadcast, lead

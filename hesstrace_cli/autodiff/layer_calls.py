@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
@@ -56,10 +59,32 @@ class LayerCall:
 
 
 def note(kind: type[nn.Module]) -> None:
-    """From now on, note calls of this class of layers."""
-    if not _noted:
-        register_module_forward_hook(_note, with_kwargs=True)
+    """From now on, note calls of this class of layers inside `noting`."""
     _noted.add(kind)
+
+
+class _Inside:
+    depth = 0
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Note calls of the layers in question; outside no hook is left on anyone's modules."""
+    if not _noted or _Inside.depth:
+        yield
+        return
+    handle = register_module_forward_hook(_note, with_kwargs=True)
+    _Inside.depth += 1
+    try:
+        with warnings.catch_warnings():
+            # It fires once more for the wrapper of a compiled part, which has no rule.
+            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are")
+            yield
+    finally:
+        _Inside.depth -= 1
+        handle.remove()
+        # PyTorch forgets this entry, by which it still holds that there is a hook.
+        getattr(modules, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
 def calls_at(node: Any) -> Iterator[LayerCall]:
