@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hesstrace_cli.analysis.estimation import TraceEstimate as TraceEstimate
-    from hesstrace_cli.library.estimates import estimate_trace as estimate_trace
-    from hesstrace_cli.library.estimates import spectrum as spectrum
-    from hesstrace_cli.library.estimates import verify as verify
-    from hesstrace_cli.library.penalty import TracePenalty as TracePenalty
-    from hesstrace_cli.library.penalty import differentiable as differentiable
+    from hesstrace_cli.api.estimates import estimate_trace as estimate_trace
+    from hesstrace_cli.api.estimates import spectrum as spectrum
+    from hesstrace_cli.api.estimates import verify as verify
+    from hesstrace_cli.api.penalty import TracePenalty as TracePenalty
+    from hesstrace_cli.api.penalty import differentiable as differentiable
     from hesstrace_cli.records import ModelSpectrum as ModelSpectrum
     from hesstrace_cli.records import ModelVerification as ModelVerification
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "TracePenalty": "library.penalty",
-    "differentiable": "library.penalty",
-    "estimate_trace": "library.estimates",
-    "spectrum": "library.estimates",
-    "verify": "library.estimates",
+    "TracePenalty": "api.penalty",
+    "differentiable": "api.penalty",
+    "estimate_trace": "api.estimates",
+    "spectrum": "api.estimates",
+    "verify": "api.estimates",
     "TraceEstimate": "analysis.estimation",
     "ModelSpectrum": "records",
     "ModelVerification": "records",

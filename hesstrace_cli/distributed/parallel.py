@@ -42,6 +42,24 @@ def meeting() -> Iterator[None]:
         ) from problem
 
 
+def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its sum over a group's processes, in place.
+
+    Args:
+        tensors: As many and alike in every process; those of a type travel together.
+        group: The default one where it is None.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for own in by_type.values():
+        flat = torch.cat([tensor.flatten() for tensor in own])
+        with meeting():
+            dist.all_reduce(flat, group=group)
+        for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its job.
@@ -64,15 +82,7 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         self._meet(tensors[0].device)
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
-        for own in by_type.values():
-            flat = torch.cat([tensor.flatten() for tensor in own])
-            with meeting():
-                dist.all_reduce(flat)
-            for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
-                tensor.copy_(total.view_as(tensor))
+        sum_over(tensors)
 
     def take_first_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by that of the first rank, in place."""

@@ -16,6 +16,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from hesstrace_cli.api.batches import as_batch
+from hesstrace_cli.api.distributed import Parallel, parallel_of
+from hesstrace_cli.api.inputs import InputsWatch
+from hesstrace_cli.api.models import (
+    apart,
+    device_of,
+    eager,
+    is_compiled,
+    unwrapped,
+)
+from hesstrace_cli.api.tasks import check_fit, resolve_task
+from hesstrace_cli.api.wording import naming_arguments
 from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.calls import outputs_of, recorded_outputs, trainable
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
@@ -24,18 +36,6 @@ from hesstrace_cli.config import TrainConfig, shortened
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import ALONE
 from hesstrace_cli.errors import ConfigError, DataError, DerivativeError, ModelError
-from hesstrace_cli.library.batches import as_batch
-from hesstrace_cli.library.distributed import Parallel, parallel_of
-from hesstrace_cli.library.inputs import InputsWatch
-from hesstrace_cli.library.models import (
-    apart,
-    device_of,
-    eager,
-    is_compiled,
-    unwrapped,
-)
-from hesstrace_cli.library.tasks import check_fit, resolve_task
-from hesstrace_cli.library.wording import naming_arguments
 from hesstrace_cli.randomness import random_state_kept, stream_generator
 from hesstrace_cli.regularizers import Part, Setting, Step
 from hesstrace_cli.regularizers.trace import TraceRegularizer

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hesstrace_cli.analysis.loading import tried_outputs
+from hesstrace_cli.api.models import device_of
+from hesstrace_cli.api.tasks import check_fit, resolve_task
 from hesstrace_cli.autodiff.arguments import Arguments
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.errors import DataError, ModelError
-from hesstrace_cli.library.models import device_of
-from hesstrace_cli.library.tasks import check_fit, resolve_task
 from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.tasks import Task, Tokens
 

@@ -15,9 +15,9 @@ from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.models import build_model
 from hesstrace_cli.randomness import derived_seed
 from hesstrace_cli.training.trainer import Trainer
+from tests.api.test_penalty import C, D, filled, normal
 from tests.conftest import make_run
 from tests.jobs import joined, run_job
-from tests.library.test_penalty import C, D, filled, normal
 
 SETTINGS = {
     "default": {},

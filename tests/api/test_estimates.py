@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import hesstrace_cli
 from hesstrace_cli import estimate_trace, spectrum, verify
 from hesstrace_cli.analysis.loading import load_checkpoint
+from hesstrace_cli.api.models import apart
+from hesstrace_cli.api.wording import as_arguments
 from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ConfigError, DataError, ModelError
-from hesstrace_cli.library.models import apart
-from hesstrace_cli.library.wording import as_arguments
+from tests.api.test_penalty import C, D, Small, Wrong, filled, normal
 from tests.conftest import invoke
 from tests.curvature import oracles
-from tests.library.test_penalty import C, D, Small, Wrong, filled, normal
 
 X, Y = normal(12, D, seed=1), torch.arange(12) % C
 BATCHES = [(X[:5], Y[:5]), (X[5:10], Y[5:10]), (X[10:], Y[10:])]

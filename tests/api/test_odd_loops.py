@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hesstrace_cli import TracePenalty, differentiable, estimate_trace
 from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.api.batches import open_loader
 from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.errors import DataError, DerivativeError, ModelError
-from hesstrace_cli.library.batches import open_loader
-from tests.library.test_penalty import (
+from tests.api.test_penalty import (
     AllDraws,
     D,
     N,

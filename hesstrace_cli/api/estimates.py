@@ -19,16 +19,16 @@ from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import OnPass, TraceEstimate, estimate, versions
 from hesstrace_cli.analysis.spectrum import spectrum_record
 from hesstrace_cli.analysis.verify import rows_of_modes
+from hesstrace_cli.api.batches import as_batch, open_loader
+from hesstrace_cli.api.models import apart, device_of, eager, unwrapped
+from hesstrace_cli.api.tasks import resolve_task
+from hesstrace_cli.api.wording import as_arguments, naming_arguments
 from hesstrace_cli.autodiff.calls import trainable
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import LARGEST, EstimateConfig, SpectrumConfig
 from hesstrace_cli.curvature.checks.verdicts import GOOD
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.errors import ModelError
-from hesstrace_cli.library.batches import as_batch, open_loader
-from hesstrace_cli.library.models import apart, device_of, eager, unwrapped
-from hesstrace_cli.library.tasks import resolve_task
-from hesstrace_cli.library.wording import as_arguments, naming_arguments
 from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.tasks import Task
 

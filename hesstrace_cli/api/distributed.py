@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hesstrace_cli.distributed.parallel import meeting
+from hesstrace_cli.distributed.parallel import sum_over
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.regularizers import Coupled, Step, Term
 
@@ -42,9 +41,9 @@ class Parallel:
         if self.size == 1 or not regularizer.gathers(step.index, step.progress):
             return step
         own = [tensor.detach() for tensor in regularizer.gather(step)]
-        num_terms = torch.tensor(float(step.part.num_terms), device=step.outputs.device)
-        self._sum_([*own, num_terms])
-        part = dataclasses.replace(step.part, num_terms=round(num_terms.item()))
+        num_terms = torch.tensor(step.part.num_terms, device=step.outputs.device)
+        sum_over([*own, num_terms], self.group)
+        part = dataclasses.replace(step.part, num_terms=int(num_terms.item()))
         return dataclasses.replace(step, part=part, gathered={regularizer.name: own})
 
     def averaged(self, term: Term) -> Tensor:
@@ -53,17 +52,6 @@ class Parallel:
             return term.value  # a mean, as the loss is
         constant = term.value.detach()
         return constant + self.size * (term.value - constant)
-
-    def _sum_(self, tensors: Sequence[Tensor]) -> None:
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
-        for own in by_type.values():
-            flat = torch.cat([tensor.flatten() for tensor in own])
-            with meeting():
-                dist.all_reduce(flat, group=self.group)
-            for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
-                tensor.copy_(total.view_as(tensor))
 
 
 def parallel_of(model: nn.Module) -> Parallel:
