@@ -7,9 +7,10 @@
 
 Steps are those of `hesstrace train` at full strength, on made images; all rows are timed in turn,
 in one run, so that a busy machine slows them alike. Memory is the peak of a step, weights and
-momentum included. The variance is that of the penalty's gradient over `--draws` draws on one batch,
-in units of its squared mean, with `--forms` and without batch norm that of the row by example; the
-last column multiplies it with the extra time of a step.
+momentum included. The variance is that of the penalty's gradient over `--draws` draws on one
+batch, in units of its squared mean, with `--forms` and without batch norm that of the row by
+example; every k-th step it is k times that, as k times the strength gives the same mean. The last
+column multiplies it with the extra time of a step.
 """
 
 from __future__ import annotations
@@ -110,6 +111,11 @@ def rows_of_forms() -> dict[str, dict[str, Any]]:
         "G, tensors kept with 0.5": {**SOME, **G},
         "by example, half the examples": {**of_all, "penalty_examples": 0.5},
         "by example, a quarter": {**of_all, "penalty_examples": 0.25},
+        "by example, an eighth": {**of_all, "penalty_examples": 0.125},
+        "by example, every 4th step": {**of_all, "every": 4},
+        "by example, a quarter, every 2nd step": {
+            **of_all, "penalty_examples": 0.25, "every": 2
+        },
         "by example, tensors kept with 0.5": {**dropped, "keep_prob": 0.5},
         "by example, tensors kept with 0.1": {**dropped, "keep_prob": 0.1},
         "by example, a quarter, tensors kept with 0.5": {
@@ -226,7 +232,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows with one of these in a name")
     parser.add_argument("--compile", action="store_true", help="the compiled rows too")
     parser.add_argument("--forms", action="store_true", help="the rows by example instead")
     parser.add_argument("--grid", action="store_true", help="every combination")
@@ -237,7 +243,7 @@ def main() -> None:
         rows = rows_of_forms()
     if arguments.compile or arguments.grid:
         rows |= rows_compiled()
-    rows = {name: row for name, row in rows.items() if arguments.only in name}
+    rows = {name: row for name, row in rows.items() if any(part in name for part in arguments.only)}
     with tempfile.TemporaryDirectory() as folder:
         base = TrainConfig(
             model=arguments.model, dataset=made_images(Path(folder), arguments), epochs=100,
@@ -268,7 +274,7 @@ def table(rows: dict[str, dict[str, Any]], base: TrainConfig, arguments: argpars
                 own = seconds_of_steps(trainer, steps) / steps
                 after = seconds_of_steps(plain, 2) / 2
                 ratios.append(own / ((before + after) / 2))
-            found = noise_and_signal(trainer, arguments.draws) if config.every == 1 else None
+            found = noise_and_signal(trainer, arguments.draws)
         except HesstraceError as problem:
             lines.append([name, "-", "-", "-", str(problem)[:60]])
             continue
@@ -278,7 +284,8 @@ def table(rows: dict[str, dict[str, Any]], base: TrainConfig, arguments: argpars
             if name == "by example" and not uses_batch_statistics(trainer.model, sample(trainer)):
                 signal = found[1]
             square = found[1] if signal is None else signal
-            noise = found[0] / square if square > 0 else float("inf")
+            # Every k-th step, the mean over k steps is k times one penalised step's noise.
+            noise = config.every * found[0] / square if square > 0 else float("inf")
         cost = None if noise is None else noise * (ratio - 1)
         lines.append([name, f"{ratio:.2f}", f"{own_memory:.2f}",
                       "" if noise is None else f"{noise:.3g}",

@@ -132,6 +132,8 @@ FLAGS = {
 BENCHMARK_FLAGS = {
     "coverage.py": "--repeats 5 --sketch-repeats 3",
     "data.py": "--batch-size 2 --model mlp --workers 0",
+    "penalty_settings.py": "--epochs 1 --train-examples 40 --batch-size 8 --seeds 0 --draws 2 "
+                           "--only none example",
     "spectrum.py": "--model small-cnn --train-steps 2 --examples 8 --count-examples 8 "
                    "--batch-size 4 --rounds 1 --most 3",
     "step_cost.py": "--model small-cnn --image 8 --channels 1 --batch-size 4 --rounds 1 --draws 2 "

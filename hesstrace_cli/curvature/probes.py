@@ -25,6 +25,45 @@ def rademacher(like: Tensor, *, generator: Generator) -> Tensor:
     return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
+def balanced_signs(like: Tensor, *, generator: Generator) -> Tensor:
+    """Signs for (N, C) outputs whose products of two classes cancel over the examples.
+
+        e_ic = sigma_i s_c H[r(i), k(c)],   H Hadamard of order n = 2^k >= C
+
+    with random signs sigma and s, random columns k, and rows r that are another permutation for
+    every n examples. E[e_i e_i^T] = I and E[e_i e_j^T] = 0 as of independent signs, so that
+    squared norms have the same mean, by example or of a sum. But sum_i e_i e_i^T = n I over n
+    examples: what they have in common, sum_i e_i^T M e_i with one M, comes without noise. The
+    first examples' signs do not depend on how many follow. Outputs of other shapes, and more than
+    1024 classes, take independent signs.
+    """
+    order = 1 << (like.shape[-1] - 1).bit_length()
+    if like.dim() != 2 or order > _LARGEST_ORDER:
+        return rademacher(like, generator=generator)
+    N, num_classes = like.shape
+
+    def uniform() -> Tensor:
+        return torch.rand(2, order, generator=generator, device=like.device)
+
+    keys, halves = uniform()
+    columns, s = keys.argsort()[:num_classes], halves[:num_classes] < 0.5
+    blocks = [uniform() for _ in range(-(-N // order))]
+    keys, halves = torch.stack(blocks, 1) if blocks else like.new_empty(2, 0, order)
+    rows, sigma = keys.argsort(dim=1).flatten()[:N], halves.flatten()[:N] < 0.5
+    odd = _is_odd(rows[:, None] & columns) ^ sigma[:, None] ^ s
+    return 1 - 2 * odd.to(like.dtype)
+
+
+_LARGEST_ORDER = 1024
+
+
+def _is_odd(numbers: Tensor) -> Tensor:
+    """Whether the number of ones among the ten lowest bits is odd: H[r, k] = -1 for r & k."""
+    for shift in (8, 4, 2, 1):
+        numbers = numbers ^ (numbers >> shift)
+    return (numbers & 1).bool()
+
+
 def num_kept(num_tensors: int, keep_prob: float) -> int:
     """The number of tensors k that the tensor scheme keeps: max(1, round(q T))."""
     return max(1, round(keep_prob * num_tensors))
@@ -125,20 +164,23 @@ def draw_probe(
 
 
 def draw_signs(
-    outputs: Tensor, generator: Generator, rows: Tensor | None = None, num_examples: int = 0
-) -> Tensor:
-    """Independent signs for the outputs of some examples: those that they have in their batch.
+    outputs: Tensor, generator: Generator, rows: Tensor | None = None, num_examples: int = 0, *,
+    balanced: bool = False,
+) -> Tensor:  # fmt: skip
+    """Signs for the outputs of some examples: those that they have in their batch.
 
     Args:
         outputs: Of the examples.
         generator: Source of all randomness; the same for all parts of a batch.
         rows: The examples' positions in their batch; None where they are the batch.
         num_examples: Of the batch, where they are a part of it.
+        balanced: Take `balanced_signs`, not independent ones.
     """
+    draw = balanced_signs if balanced else rademacher
     if rows is None:
-        return rademacher(outputs, generator=generator)
+        return draw(outputs, generator=generator)
     like = outputs.new_empty((num_examples, *outputs.shape[1:]))
-    return rademacher(like, generator=generator)[rows.to(like.device, non_blocking=True)]
+    return draw(like, generator=generator)[rows.to(like.device, non_blocking=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,8 @@ class AllDraws:
 
     def __init__(self, monkeypatch, size):
         self.rows = torch.tensor(hadamard(size), dtype=torch.float64)
-        monkeypatch.setattr(probes, "rademacher", self._signs)
+        for name in ("rademacher", "balanced_signs"):
+            monkeypatch.setattr(probes, name, self._signs)
         monkeypatch.setattr(torch, "randperm", self._order)
 
     def _signs(self, like, *, generator):

@@ -16,7 +16,7 @@ from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.autodiff.graph import gradient
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.by_example import ByExample
-from hesstrace_cli.curvature.probes import Draws, draw_signs
+from hesstrace_cli.curvature.probes import Draws, balanced_signs, draw_signs
 from hesstrace_cli.curvature.trace_penalty import batch_samples
 from tests.curvature.test_exact import SHAPES, build
 from tests.curvature.zoo import make
@@ -79,7 +79,7 @@ def test_every_rule_and_its_derivative(name, scheme, monkeypatch):
     )
     draw = generator()
     keep = draws.keep(objective.params, draw)
-    signs = draw_signs(outputs, draw)
+    signs = draw_signs(outputs, draw, balanced=True)
     whole = [name for name, way in form.ways.items() if way.kind == "batch"]
     truth = per_example_truth(truthful(objective, X), objective, y, keep, signs, whole)
     assert_same(value, truth, objective.params)
@@ -107,7 +107,10 @@ def test_in_half_precision_rules_are_as_right_as_autograd(name, dtype, monkeypat
     )  # fmt: skip
     whole = [n for n, way in form.ways.items() if way.kind == "batch"]
     assert whole == (["token"] if name == "tokens and positions" else [])
-    keep, signs = {n: torch.ones(()) for n in params}, draw_signs(outputs, generator())
+    keep, signs = (
+        {n: torch.ones(()) for n in params},
+        draw_signs(outputs, generator(), balanced=True),
+    )
     truth = per_example_truth(outputs, objective, y, keep, signs, whole)
     torch.testing.assert_close(value, truth, rtol=0.02, atol=1e-6)
     own, true = gradient(value, params), gradient(truth, params)
@@ -128,7 +131,7 @@ def test_over_all_signs_both_forms_are_equal(monkeypatch):
     remaining = iter([each for each in signs for _ in found])
     for module in ("per_example.by_example", "trace_penalty"):
         name = f"hesstrace_cli.curvature.{module}.draw_signs"
-        monkeypatch.setattr(name, lambda *_: next(remaining))
+        monkeypatch.setattr(name, lambda *_, **__: next(remaining))
     for _ in signs:
         given = (outputs, objective.params, objective.task, y)
         found["example"] += form.samples(*given, draws=draws, generator=generator())
@@ -209,10 +212,50 @@ def test_batch_statistics_are_held_inside_and_move_outside(name, scheme):
     closed = [n for n, way in form.ways.items() if way.kind == "closed"]
     draw = generator()
     keep = draws.keep({n: p for n, p in objective.params.items() if n not in closed}, draw)
-    signs = draw_signs(y.new_empty((6, 3), dtype=torch.float64), draw)
+    signs = draw_signs(y.new_empty((6, 3), dtype=torch.float64), draw, balanced=True)
     truth = truth_with_held_statistics(objective, X, y, keep, signs)
     truth = truth + closed_truth(objective, X, y)
     assert_same(value, truth, objective.params)
+
+
+@pytest.mark.parametrize(("N", "num_classes"), [(4, 3), (3, 3), (9, 4), (2, 9), (5, 1)])
+def test_balanced_signs_have_the_moments_of_independent_ones(N, num_classes):
+    """E[e_ia e_jb] = 1 where i = j and a = b, and 0 elsewhere: both forms are unbiased."""
+    draw, like = generator(), torch.empty(N, num_classes, dtype=torch.float64)
+    signs = torch.stack([balanced_signs(like, generator=draw) for _ in range(4000)]).flatten(1)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    moments = signs.T @ signs / len(signs)
+    error = moments - torch.eye(len(moments), dtype=torch.float64)
+    assert error.abs().max() < 4.5 / len(signs) ** 0.5
+    assert signs.mean(0).abs().max() < 4.5 / len(signs) ** 0.5
+    more = balanced_signs(like.new_empty(N + 7, num_classes), generator=generator())
+    assert torch.equal(more[:N], balanced_signs(like, generator=generator()))
+    square = balanced_signs(like.new_empty(16, 16), generator=draw)
+    torch.testing.assert_close(square.T @ square, 16 * torch.eye(16, dtype=torch.float64))
+
+
+def test_what_examples_have_in_common_comes_without_noise():
+    """Four examples that are the same one: every draw gives tr(G) and its gradient."""
+    objective, X, y = build(SHAPES["group_norm"])
+    alone = forward(objective, X[:1])
+    p = F.softmax(alone[0], 0)
+    root = p.sqrt().diag() - p[:, None] * p.sqrt()
+    truth = sum(
+        g.square().sum()
+        for vector in root.T[:, None]
+        for g in torch.autograd.grad(
+            alone, list(objective.params.values()), vector, create_graph=True
+        )
+    )
+    outputs, form, draw = (
+        forward(objective, X[:1].expand(4, *X.shape[1:])),
+        ByExample(),
+        generator(),
+    )
+    given = (outputs, objective.params, objective.task, y[:1].expand(4))
+    samples = [form.samples(*given, draws=Draws(), generator=draw)[0] for _ in range(3)]
+    for sample in samples:
+        assert_same(sample, truth, objective.params, rtol=1e-11)
 
 
 def closed_truth(objective, X, y):

@@ -80,7 +80,6 @@ def test_every_way_is_right(name, way, monkeypatch):
     outputs = truthful(objective, X)
     keep = {n: torch.ones((), dtype=torch.float64) for n in objective.params}
     whole = [n for n, w in form.ways.items() if w.kind == "batch"]
-    truth = per_example_truth(
-        outputs, objective, y, keep, draw_signs(outputs, generator()), whole
-    )  # fmt: skip
+    signs = draw_signs(outputs, generator(), balanced=True)
+    truth = per_example_truth(outputs, objective, y, keep, signs, whole)
     assert_same(value, truth, objective.params)

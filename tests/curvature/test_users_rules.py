@@ -201,7 +201,7 @@ def test_value_and_gradient(name, scheme, monkeypatch):
     draw = generator()
     keep = draws.keep(objective.params, draw)
     outputs = truthful(objective, X)
-    signs = draw_signs(outputs, draw)
+    signs = draw_signs(outputs, draw, balanced=True)
     whole = [name for name, way in form.ways.items() if way.kind == "batch"]
     truth = per_example_truth(outputs, objective, y, keep, signs, whole)
     assert_same(value, truth, objective.params)

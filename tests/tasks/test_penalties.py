@@ -83,7 +83,7 @@ def test_on_the_gauss_newton_part(name, form):
 def check_on_ggn(case, form):
     params = trainable(case.model)
     outputs = recorded_outputs(case.model, params, case.X)
-    signs = draw_signs(outputs, generator())
+    signs = draw_signs(outputs, generator(), balanced=form == "example")
     arguments = (outputs, params, case.task, case.y)
     if form == "batch":
         kinds = dict.fromkeys(params, "batch")

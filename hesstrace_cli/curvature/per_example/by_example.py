@@ -2,10 +2,11 @@
 
     M t = sum_m ||h_m||^2 tr(A_m) + sum_i || s * J_i^T u_i ||^2 + || s * sum_i J_i^T u_i ||^2
 
-with u_m = B_m e_m for independent signs e_m: the first sum for the output layer, in closed form;
-the second for all tensors that have a rule in the registry, run with the graph of what autograd
-has saved; the third for the others. E[t] = tr(G) of each, as cross terms between terms vanish; the
-second lacks those between examples, which are most of the third's noise.
+with u_m = B_m e_m for random signs e_m, E[e_m e_l^T] = I where m = l and 0 elsewhere: the first
+sum for the output layer, in closed form; the second for all tensors that have a rule in the
+registry, run with the graph of what autograd has saved; the third for the others. E[t] = tr(G) of
+each, as cross terms between terms vanish; the second lacks those between examples, which are most
+of the third's noise.
 
 Through batch norm in training mode the sample is of the network with the batch's statistics as
 constants; its gradient is that of this value, the statistics moving with the weights.
@@ -156,7 +157,9 @@ class ByExample:
             parts = [closed]
             if rest or missed:
                 keep = missed | draws.keep(rest, generator)
-                signs = draw_signs(outputs, generator, rows, num_examples)
+                signs = draw_signs(
+                    outputs, generator, rows, num_examples, balanced=True
+                )  # fmt: skip
                 cotangent = task.root(outputs, targets, signs)
                 parts += self._squares(outputs, uses, params, cotangent, keep)
             samples.append(torch.stack(parts).sum() / num_terms)
