@@ -14,6 +14,8 @@ Stream = Literal[
     "weights", "order", "augmentation", "regularizers", "model", "parts",  # of training
     "probes", "sketch", "eigenvalues", "directions", "slice", "input-jacobian",  # of estimating
     "quantization",
+    "statistics",  # of an averaged network
+    "label-noise",
 ]  # fmt: skip
 _STREAMS: tuple[Stream, ...] = get_args(Stream)
 _SIDE_BY_SIDE = 5  # of every seed; the others lie far from all of them, as any to come will

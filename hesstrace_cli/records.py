@@ -172,7 +172,13 @@ class Figures(TypedDict):
     top_eigenvalue: float | None
 
 
-class Run(Figures):
+class Averaged(TypedDict):
+    """What a summary says beside its figures where they are of an average of weights."""
+
+    num_averaged: NotRequired[int]
+
+
+class Run(Figures, Averaged):
     """`summary.json` of a run."""
 
     schema: str

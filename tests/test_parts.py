@@ -55,7 +55,7 @@ def test_accumulation_counts_its_statistics_once(tmp_path):
     assert all(int(c) == 2 * run.trainer.total_steps for c in counts)  # once a part, not twice
 
 
-@pytest.mark.parametrize("reg", ["sam", "grad-norm=0.1"])
+@pytest.mark.parametrize("reg", ["sam", "asam", "grad-norm=0.1", "grad-norm-fd"])
 def test_what_needs_the_whole_batch_is_refused(tmp_path, reg):
     with pytest.raises(
         ConfigError, match=f"--reg {reg.split('=')[0]} needs the gradient of the whole batch"

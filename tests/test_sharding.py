@@ -32,6 +32,7 @@ REFUSED = {
     "batch": ({"reg": ["trace=0.01"], "form": "batch"}, "--form example"),
     "some examples": ({**BY_EXAMPLE, "penalty_examples": 0.5}, "--penalty-examples"),
     "sam": ({"reg": ["sam"]}, "--reg sam"),
+    "swa": ({"reg": ["swa"]}, "--reg swa cannot be used so: it keeps an average"),
     "fp16": ({**BY_EXAMPLE, "precision": "fp16"}, "--precision fp16"),
     "a tensor by batch": (
         {**BY_EXAMPLE, "model": "tied.py:Tied", "model_arg": {}}, "has no norm by example"

@@ -202,6 +202,10 @@ class TrainConfig(DataConfig):
         1.0, "share of the batch, drawn anew each step, that the penalty is taken of",
         panel="Trace penalty", above=0, maximum=1,
     )  # fmt: skip
+    fd_step: float = option(
+        0.1, "of grad-norm-fd: the step epsilon along the gradient, in units of the gradient",
+        panel="Regularization", above=0,
+    )  # fmt: skip
     out: str | None = option(
         None, "run folder (default: runs/<data>-<model>-<regularizers>-seed<seed>)", panel="Output"
     )

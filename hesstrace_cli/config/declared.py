@@ -10,6 +10,7 @@ as plain values, what its strength means:
         is_penalty = True      # a weighted term, so that --lambda may name it
         maximum = 1.0          # largest strength allowed
         settings = ("every",)  # of `hesstrace train`, which have no effect without it
+        alone_to = "..."       # what only one of those used together may do
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Declared:
         maximum: Largest value allowed; infinite where any is.
         is_penalty: Whether it adds a weighted term to the loss, so that `--lambda` may name it.
         settings: Those of `hesstrace train` that have no effect without it.
+        alone_to: What only one regularizer of those used together may do; empty for nothing.
     """
 
     made_by: str
@@ -45,6 +47,7 @@ class Declared:
     maximum: float = math.inf
     is_penalty: bool = False
     settings: tuple[str, ...] = ()
+    alone_to: str = ""
 
 
 _NAMES = [item.name for item in dataclasses.fields(Declared) if item.name != "made_by"]

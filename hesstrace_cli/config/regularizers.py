@@ -50,9 +50,17 @@ def parse_terms(entries: Sequence[str]) -> list[tuple[str, float | None]]:
     names = [name for name, _ in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"a regularizer is given twice: {shortened(', '.join(entries))}")
-    if {"sam", "nso"} <= set(names):
-        raise ConfigError("sam and nso both stand in the place of the loss; use one of them")
+    _refuse_rivals(names)
     return terms
+
+
+def _refuse_rivals(names: Sequence[str]) -> None:
+    """Refuse two that do what only one of those used together may do."""
+    first: dict[str, str] = {}
+    for name in names:
+        role = _declared(name).alone_to
+        if role and first.setdefault(role, name) != name:
+            raise ConfigError(f"{first[role]} and {name} both {role}; use one of them")
 
 
 def _parse_term(part: str) -> tuple[str, float | None]:

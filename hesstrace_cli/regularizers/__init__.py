@@ -8,8 +8,11 @@ from hesstrace_cli.config import REGULARIZERS, TrainConfig
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.plugins import call_factory, load_factory
 from hesstrace_cli.regularizers.base import Coupled, Part, Regularizer, Setting, Step, Term
+from hesstrace_cli.regularizers.weight_averages import WeightAverage
 
-__all__ = ["Coupled", "Part", "Regularizer", "Setting", "Step", "Term", "build"]
+__all__ = [
+    "Coupled", "Part", "Regularizer", "Setting", "Step", "Term", "WeightAverage", "build",
+]  # fmt: skip
 
 
 def build(strengths: Mapping[str, float], config: TrainConfig) -> list[Regularizer]:

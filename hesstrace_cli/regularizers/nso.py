@@ -19,6 +19,7 @@ class NoiseStability(Regularizer):
     name = "nso"
     default = 0.01
     unit = "standard deviation of the noise"
+    alone_to = "stand in the place of the loss"
 
     def gives_loss(self, index: int, progress: float) -> bool:
         """Its term stands in the place of the loss."""

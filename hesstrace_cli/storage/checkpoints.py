@@ -75,6 +75,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if content.get("format") == FORMAT:
         try:
             content = checked(content)
+            check_tensors(content.get("in_training", {}))
             return Checkpoint(check_tensors(content["state_dict"]), content)
         except ModelError as problem:
             raise ModelError(f"{str(path)!r} is damaged: {problem}") from problem

@@ -68,6 +68,8 @@ def why_not_longer(
     own = [name for name in strengths if ":" in name]
     if own:
         return f"what {own[0]} did in the steps done may depend on it"
+    if "swa" in strengths:
+        return "swa averages the last part of it, a share of all epochs"
     ramps = [[ramp(now.warmup, share) for share in shares_of] for shares_of in shares]
     if "trace" in strengths and ramps[0] != ramps[1]:
         return f"--warmup {now.warmup:g} is a share of the run, and the steps done depend on it"

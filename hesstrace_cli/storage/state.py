@@ -113,8 +113,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": (lambda value: is_whole(value, 1), "a whole number, at least 1"),
     "in_shape": (lambda value: _is_list_of(value, lambda n: is_whole(n, 1)), "sizes, at least 1"),
     "versions": (lambda value: isinstance(value, dict), "versions by name"),
+    "in_training": (_is_state_dict, "tensors by name"),
+    "num_averaged": (lambda value: is_whole(value, 1), "a whole number, at least 1"),
 }
 _ALWAYS = ("state_dict", "config")
+_OF_AVERAGES = ("in_training", "num_averaged")
 
 
 def checked(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def check_whole(content: Mapping[str, Any]) -> None:
         ModelError: Naming the first field that is missing.
     """
     for name in _FIELDS:
-        if name not in content:
+        if name not in content and name not in _OF_AVERAGES:
             raise ModelError(f"it has no {name}")
 
 

@@ -66,11 +66,13 @@ class Run:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         name = str(self.folder.last)
         weights = fitting(self.trainer.model, checkpoint["state_dict"], name)
+        moved = checkpoint.get("in_training")
+        moved = None if moved is None else fitting(self.trainer.model, moved, name)
         try:
             self.trainer.check_state(checkpoint)
         except ModelError as problem:
             raise ModelError(f"{name!r} is not of this run: {problem}") from problem
-        self.trainer.load_state(checkpoint, weights)
+        self.trainer.load_state(checkpoint, weights, moved)
 
     def _unlock(self) -> None:
         if self.lock is not None:
@@ -147,9 +149,13 @@ class Run:
         config, trainer = self.config, self.trainer
         strengths = parse_regularizers(config.reg, config.lambda_)
         told = {r.name: r.description() for r in trainer.regularizers}
+        averaged: records.Averaged = (
+            {"num_averaged": trainer.num_averaged} if trainer.num_averaged else {}
+        )
         return {
             "schema": RUN_SCHEMA,
             "regularizers": regularizers_name(strengths),
+            **averaged,
             **summarize(model, trainer.data, config, self.folder.last),
             "trace_penalty": told.get("trace"),
             "seconds": trainer.seconds,

@@ -27,7 +27,7 @@ from hesstrace_cli.data import DataSet, load_data, stratified_order
 from hesstrace_cli.distributed import sharding
 from hesstrace_cli.distributed.parallel import Ranks, join
 from hesstrace_cli.distributed.sync_norm import sync_norms
-from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model
 from hesstrace_cli.randomness import (
     derived_seed,
@@ -35,11 +35,12 @@ from hesstrace_cli.randomness import (
     seed_defaults,
     stream_generator,
 )
-from hesstrace_cli.regularizers import Part, Regularizer, Setting, build
+from hesstrace_cli.regularizers import Part, Regularizer, Setting, WeightAverage, build
 from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.resume import check_state
 from hesstrace_cli.storage.state import EpochSums
 from hesstrace_cli.tasks.base import shape_of
+from hesstrace_cli.training.average import Averaged
 from hesstrace_cli.training.step import Examples, Stepper, split_batch
 
 _MONITORED_EXAMPLES = 500
@@ -79,6 +80,7 @@ class Trainer:
         model: The network, its weights as they are after `step` steps.
         objective: The loss trained on.
         regularizers: With their strengths.
+        average: The averaged network beside the model, if there is one.
         step: Steps done.
         seconds: The time they took.
         sums: What the epoch at hand has added up.
@@ -111,6 +113,25 @@ class Trainer:
         )  # fmt: skip
         self.step, self.seconds, self.best_score = 0, 0.0, -math.inf
         self.sums = EpochSums.zero(device)
+        self.average = self._build_average()
+
+    def _build_average(self) -> Averaged | None:
+        for regularizer in self.regularizers:
+            if isinstance(regularizer, WeightAverage):
+                model = self._bare_model().to(self.device)
+                model.load_state_dict(self.model.state_dict())
+                return Averaged(
+                    regularizer, model, steps_per_epoch=self.steps_per_epoch,
+                    total_steps=self.total_steps,
+                )  # fmt: skip
+        return None
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and saved as the run's: averaged, or as trained."""
+        if self.average is None or not self.average.count_after(self.step):
+            return self.model
+        return self.average.network
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -321,6 +342,21 @@ class Trainer:
         lr = learning_rate(self.config, progress)
         with deterministic_algorithms(self.device):
             self.stepper.step(examples, self.step, progress, lr, self.sums)
+        if self.average is not None:
+            self.average.add(self.model, self.step + 1)
+
+    def _renew_average(self) -> None:
+        """Make the averaged network ready to be judged, and the first of its epochs the best."""
+        average = self.average
+        if average is None or not average.count_after(self.step):
+            return
+        if not average.count_after(self.step - self.steps_per_epoch):
+            self.best_score = -math.inf
+        seed_defaults(derived_seed(self.config.seed, "statistics", self.step))
+        rows = torch.arange(len(self.data.train))[: self.steps_per_epoch * self.config.batch_size]
+        batches = self.data.train.parts(rows.split(self.config.batch_size))
+        with deterministic_algorithms(self.device):
+            average.renew(self.model, batches)
 
     def _end_epoch(self, epoch: int) -> tuple[records.Epoch, bool]:
         """The record of an epoch, and whether it is the best so far."""
@@ -337,9 +373,10 @@ class Trainer:
         }
         if self.config.precision == "fp16":
             record["skipped_steps"] = sums.skipped
+        self._renew_average()
         found = None
         if self.data.val is not None:
-            found = evaluate(self.model, self.data.val, self.config.batch_size)
+            found = evaluate(self.judged, self.data.val, self.config.batch_size)
             record["val_loss"] = finite(found.loss)
             record["val_accuracy"] = found.accuracy
             record["val_metrics"] = found.finite_metrics()
@@ -378,24 +415,29 @@ class Trainer:
         return record["trace"], record["stderr"]
 
     def whole_model(self) -> nn.Module:
-        """The model with all of its weights; where they are split, a copy, by all processes."""
+        """What is judged, with all its weights; where they are split, a copy, by all processes."""
         if not self.is_sharded:
-            return self.model
+            return self.judged
         weights = sharding.whole(self.model.state_dict())
+        model = self._bare_model()
+        model.load_state_dict(weights)
+        return model.to(self.device)
+
+    def _bare_model(self) -> nn.Module:
+        """Another of the same architecture, without what training does to it."""
         config = self.config
-        model = build_model(
+        return build_model(
             config.model, num_classes=self.data.num_classes, in_shape=self.data.in_shape,
             model_args=config.model_arg, seed=0,
         )  # fmt: skip
-        model.load_state_dict(weights)
-        return model.to(self.device)
 
     def state(self) -> dict[str, Any]:
         """All that training goes on from, and what the data was, as a checkpoint holds them.
 
-        Where weights are split, they are gathered: all processes come here.
+        Where weights are split, they are gathered: all processes come here. Where they are
+        averaged, `state_dict` is the averaged network, and `in_training` what steps move.
         """
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        model, optimizer = self.judged.state_dict(), self.optimizer.state_dict()
         if self.is_sharded:
             model, optimizer = sharding.whole(model), sharding.whole(optimizer)
         return {
@@ -408,7 +450,18 @@ class Trainer:
             "sums": dataclasses.asdict(self.sums),
             "scaler": self.stepper.scaler.state_dict(),
             **self._made_for(),
+            **self._in_training(),
         }
+
+    def _in_training(self) -> dict[str, Any]:
+        if self.judged is self.model:
+            return {}
+        return {"in_training": self.model.state_dict(), "num_averaged": self.num_averaged}
+
+    @property
+    def num_averaged(self) -> int:
+        """How many weights those that are judged are the average of; 0 for those of training."""
+        return 0 if self.average is None else self.average.count_after(self.step)
 
     def _made_for(self) -> dict[str, Any]:
         """What a checkpoint says of the data."""
@@ -428,14 +481,30 @@ class Trainer:
             checkpoint, self.optimizer, self.stepper.scaler, total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch, made_for=self._made_for(),
         )  # fmt: skip
+        expected = 0 if self.average is None else self.average.count_after(checkpoint["step"])
+        count = checkpoint.get("num_averaged", 0) if "in_training" in checkpoint else 0
+        if count != expected:
+            raise ModelError(
+                f"it has the average of {count} weights, and after step {checkpoint['step']} the "
+                f"run's is of {expected}"
+            )
 
-    def load_state(self, checkpoint: dict[str, Any], weights: Mapping[str, Any]) -> None:
+    def load_state(
+        self,
+        checkpoint: dict[str, Any],
+        weights: Mapping[str, Any],
+        in_training: Mapping[str, Any] | None = None,
+    ) -> None:
         """Go on from a state that was checked.
 
         Args:
             checkpoint: Of `state`.
             weights: Its state dict, as it fits the model.
+            in_training: What steps move where that is another, as it fits the model.
         """
+        if in_training is not None and self.average is not None:
+            self.average.load(weights, checkpoint["num_averaged"])
+            weights = in_training
         if self.is_sharded:
             sharding.place_weights(self.model, weights)
             sharding.place_optimizer(self.optimizer, checkpoint["optimizer"])

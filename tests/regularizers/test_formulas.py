@@ -156,6 +156,80 @@ def test_sam(case):
     torch.testing.assert_close(slope, flat_gradient(at, objective))
 
 
+class Ascent:
+    """ASAM as an optimizer that moves the weights up, lets the gradient be taken, and moves back.
+
+    Eta is added to every parameter's size; the step is rho T^2 g / ||T g||.
+    """
+
+    def __init__(self, params, rho, eta=0.01):
+        self.params, self.rho, self.eta = list(params), rho, eta
+
+    @torch.no_grad()
+    def up(self):
+        scaled = [p.grad * (p.abs() + self.eta) for p in self.params]
+        norm = sum(float((s * s).sum()) for s in scaled) ** 0.5
+        self.steps = [
+            self.rho / norm * s * (p.abs() + self.eta)
+            for s, p in zip(scaled, self.params, strict=True)
+        ]
+        for p, e in zip(self.params, self.steps, strict=True):
+            p += e
+
+    @torch.no_grad()
+    def back(self):
+        for p, e in zip(self.params, self.steps, strict=True):
+            p -= e
+
+
+@pytest.mark.parametrize("case", ["gelu", "batch_norm_1d"])
+def test_asam(case):
+    asam = the("asam", 0.2)
+    step = step_of(asam, case)
+    term, objective = asam.term(step), step.objective
+    slope = flat_gradient(term.value, objective)
+    # The formula: the worst point of ||T^-1 e|| <= rho for a loss that is linear there.
+    g, w = flat_gradient(step.loss, objective), oracles.flatten(objective.params).detach()
+    T = torch.diag(w.abs() + 0.01)
+    e = oracles.flatten(asam.ascent(
+        {n: p.clone() for n, p in oracles.unflatten(g, objective.params).items()},
+        objective.params))  # fmt: skip
+    torch.testing.assert_close(e, 0.2 * T @ T @ g / (T @ g).norm())
+    assert torch.linalg.solve(T, e).norm() == pytest.approx(0.2)
+    # The second implementation.
+    for name, p in objective.params.items():
+        p.grad = oracles.unflatten(g, objective.params)[name].clone()
+    ascent = Ascent(objective.params.values(), 0.2)
+    ascent.up()
+    at = F.cross_entropy(objective.model(step.X), step.targets)
+    expected = flat_gradient(at, objective)
+    ascent.back()
+    torch.testing.assert_close(term.value, at)
+    torch.testing.assert_close(slope, expected)
+    assert term.replaces
+
+
+def test_asam_is_of_no_scale():
+    """A layer scaled up and the next one down: the same loss at the worst point, but for eta."""
+    torch.manual_seed(0)
+    body = [nn.Linear(4, 20, bias=False), nn.ReLU(), nn.Linear(20, 3, bias=False)]
+    model, rises = nn.Sequential(*body).double(), {"sam": [], "asam": []}
+    X, y = torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 3
+    for _ in range(2):
+        for name, own in rises.items():
+            objective = Objective(model, trainable(model))
+            logits = model(X)
+            loss = F.cross_entropy(logits, y)
+            whole, draws = Part(torch.arange(30), 30, 1.0, 30, 1.0), generator()
+            step = Step(objective, X, y, logits, loss, whole, 0, 0.5, draws, draws.get_state())
+            own.append((the(name, 0.1).term(step).value - loss).item())
+        with torch.no_grad():
+            body[0].weight.mul_(3)
+            body[2].weight.div_(3)
+    assert rises["asam"][1] == pytest.approx(rises["asam"][0], rel=0.1)
+    assert rises["sam"][1] > 1.5 * rises["sam"][0]
+
+
 def test_nso():
     nso = the("nso", 1e-3)
     step = step_of(nso)
@@ -193,6 +267,32 @@ def test_grad_norm(case):
     torch.testing.assert_close(slope, truth, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["gelu", "batch_norm_1d", "layer_norm"])
+def test_grad_norm_by_differences(case):
+    penalty = the("grad-norm-fd", 0.3, fd_step=0.2)
+    step = step_of(penalty, case)
+    objective, term = step.objective, penalty.term(step)
+    slope, g = flat_gradient(term.value, objective), flat_gradient(step.loss, objective)
+    # The second implementation: the weights themselves moved up the gradient.
+    moved(objective, oracles.unflatten(0.2 * g, objective.params))
+    above = F.cross_entropy(objective.model(step.X), step.targets)
+    expected = (flat_gradient(above, objective) - g) / 0.2
+    moved(objective, oracles.unflatten(-0.2 * g, objective.params))
+    assert term.weight == 0.3
+    assert not term.replaces
+    torch.testing.assert_close(term.value, (above - step.loss) / 0.2)
+    torch.testing.assert_close(slope, expected)
+    # The formula, for a short step: H g, the gradient of ||g||^2 / 2, which grad-norm has exactly.
+    short = dataclasses.replace(CONFIG, fd_step=1e-7)
+    (penalty,) = build({"grad-norm-fd": 0.3}, short)
+    value = penalty.term(step_of(penalty, case, objective=objective)).value
+    exact = the("grad-norm", 0.3)
+    norm = exact.term(step_of(exact, case, objective=objective)).value
+    half = flat_gradient(norm.square() / 2, objective)
+    torch.testing.assert_close(flat_gradient(value, objective), half, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(value, norm.square(), rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_strength_zero_is_left_out_and_defaults_are_documented(name):
     assert build({name: 0.0}, CONFIG) == []
@@ -202,8 +302,9 @@ def test_strength_zero_is_left_out_and_defaults_are_documented(name):
 
 
 def test_sam_and_nso_exclude_each_other():
-    with pytest.raises(ConfigError, match="in the place of the loss"):
-        parse_regularizers(["sam=0.1", "nso=0.1"], None)
+    for pair in (["sam=0.1", "nso=0.1"], ["asam,sam"]):
+        with pytest.raises(ConfigError, match="both stand in the place of the loss"):
+            parse_regularizers(pair, None)
 
 
 def test_a_users_class_declares_its_strength(tmp_path):

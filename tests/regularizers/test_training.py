@@ -73,6 +73,8 @@ SETTINGS = {"epochs": 8, "model_arg": {"width": 8, "norm": "none"}, "warmup": 0.
         ("cutout=4", train_loss, True),
         ("sam=0.1", trace, False),
         ("nso=0.1", trace, False),
+        ("asam=1", trace, False),
+        ("grad-norm-fd=0.1", gradient_norm, False),
     ],
 )
 def test_it_moves_what_it_should(reg, measure, rises, plain, tmp_path):
@@ -91,7 +93,7 @@ def test_dropout_raises_the_loss_it_trains_on(tmp_path):
 
 def test_all_at_once_and_resumed(tmp_path):
     reg = "trace=0.003,jacobian=0.01,confidence=0.1,grad-norm=0.01,label-smoothing=0.1,cutout=2,"
-    reg += "mixup=0.2,dropout=0.1,sam=0.05"
+    reg += "mixup=0.2,dropout=0.1,sam=0.05,grad-norm-fd=0.01,ema=0.9"
     whole = train_to_end(tmp_path / "a", reg=reg)
     half = make_run(tmp_path / "b", reg=reg)
     with pytest.raises(Stopped):
