@@ -202,6 +202,13 @@ class TrainConfig(DataConfig):
         1.0, "share of the batch, drawn anew each step, that the penalty is taken of",
         panel="Trace penalty", above=0, maximum=1,
     )  # fmt: skip
+    draw: str = option(
+        "signs",
+        "of the penalty on tr(G) by the batch: random signs, or labels from the model's outputs "
+        "(the Fisher penalty)",
+        panel="Trace penalty",
+        choices=("signs", "labels"),
+    )
     fd_step: float = option(
         0.1, "of grad-norm-fd: the step epsilon along the gradient, in units of the gradient",
         panel="Regularization", above=0,
@@ -264,6 +271,14 @@ class TrainConfig(DataConfig):
         if self.form == "example" and self.curvature == "hessian":
             raise ConfigError(
                 "--form example is of tr(G), and --curvature is hessian; leave one of them out"
+            )
+        if self.draw == "labels" and (self.form == "example" or self.compile):
+            given = "--compile" if self.compile else "--form example"
+            raise ConfigError(f"--draw labels is of the batch's gradient, and {given} of another; "
+                              "leave one of them out")  # fmt: skip
+        if self.draw == "labels" and self.curvature == "hessian":
+            raise ConfigError(
+                "--draw labels is of tr(G), and --curvature is hessian; leave one of them out"
             )
         if self.form == "example" and self.compile:
             raise ConfigError(

@@ -7,7 +7,7 @@ square root of its inclusion probability, so that v^T H v estimates tr(H) at eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.graph import Params
+from hesstrace_cli.tasks import Task
 
 Scheme = Literal["none", "entry", "tensor", "block"]
 
@@ -177,6 +178,21 @@ def draw_signs(
         balanced: Take `balanced_signs`, not independent ones.
     """
     draw = balanced_signs if balanced else rademacher
+    return _of_batch(draw, outputs, generator, rows, num_examples)
+
+
+def uniform(like: Tensor, *, generator: Generator) -> Tensor:
+    """Draw independent numbers from [0, 1) in the shape of `like`."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device).uniform_(
+        generator=generator
+    )
+
+
+def _of_batch(
+    draw: Callable[..., Tensor], outputs: Tensor, generator: Generator, rows: Tensor | None,
+    num_examples: int,
+) -> Tensor:  # fmt: skip
+    """What is drawn for these examples' outputs, the same however a batch comes in parts."""
     if rows is None:
         return draw(outputs, generator=generator)
     like = outputs.new_empty((num_examples, *outputs.shape[1:]))
@@ -191,11 +207,32 @@ class Draws:
         scheme: Which parts of the parameters are left out, see `draw_keep`.
         keep_prob: The probability that a part is kept, in (0, 1].
         num_probes: Samples a step.
+        labels: Whether labels are drawn from the outputs' distribution, not signs.
     """
 
     scheme: Scheme = "none"
     keep_prob: float = 1.0
     num_probes: int = 1
+    labels: bool = False
+
+    def cotangent(
+        self, outputs: Tensor, targets: Tensor, task: Task, generator: Generator,
+        rows: Tensor | None = None, num_examples: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """A random u for every term with E[u u^T] = A: B e for signs e, or of drawn labels.
+
+        Args:
+            outputs: Of the examples.
+            targets: Of the same examples.
+            task: Gives B and labels.
+            generator: Source of all randomness; the same for all parts of a batch.
+            rows: The examples' positions in their batch; None where they are the batch.
+            num_examples: Of the batch, where they are a part of it.
+        """
+        if self.labels:
+            noise = _of_batch(uniform, outputs, generator, rows, num_examples)
+            return task.label_root(outputs, targets, noise)
+        return task.root(outputs, targets, draw_signs(outputs, generator, rows, num_examples))
 
     def keep(self, params: Params, generator: Generator) -> dict[str, Tensor]:
         """The factors of `draw_keep`."""

@@ -23,7 +23,7 @@ from hesstrace_cli.curvature.ggn import (
 )
 from hesstrace_cli.curvature.hessian import Mode, loss_and_form, quadratic_form
 from hesstrace_cli.curvature.objective import Objective
-from hesstrace_cli.curvature.probes import Draws, draw_signs, rademacher
+from hesstrace_cli.curvature.probes import Draws, rademacher
 from hesstrace_cli.failures import FAILURES, is_of_the_machine
 from hesstrace_cli.tasks import Task
 
@@ -32,7 +32,7 @@ def root_gradients(
     outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
     draws: Draws, generator: Generator, rows: Tensor | None = None, num_examples: int = 0,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:  # fmt: skip
-    """For every probe what is kept, and g = sum_m J_m^T B_m e_m of its tensors.
+    """For every probe what is kept, and g = sum_m J_m^T u_m of its tensors, u = B e or of labels.
 
     Args:
         outputs: Of some examples, with their graph.
@@ -46,8 +46,8 @@ def root_gradients(
     """
     for _ in range(draws.num_probes):
         keep = draws.keep(params, generator)
-        signs = draw_signs(outputs, generator, rows, num_examples)
-        yield keep, root_gradient(outputs, params, task.root(outputs, targets, signs), keep)
+        u = draws.cotangent(outputs, targets, task, generator, rows, num_examples)
+        yield keep, root_gradient(outputs, params, u, keep)
 
 
 def batch_samples(

@@ -97,7 +97,7 @@ class TraceRegularizer(Coupled):
 
     settings = (
         "estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup", "curvature",
-        "form", "penalty_examples",
+        "form", "penalty_examples", "draw",
     )  # fmt: skip
     logged_as = "penalty_trace"
 
@@ -107,6 +107,7 @@ class TraceRegularizer(Coupled):
         self.draws = Draws(
             scheme=cast(Scheme, config.dropout_scheme) if drops else "none",
             keep_prob=config.keep_prob, num_probes=config.num_probes,
+            labels=config.draw == "labels",
         )  # fmt: skip
         self.engine = Engine("taylor", "not checked")
         self._take(CurvatureChoice(config.curvature, "as asked for"))
@@ -119,6 +120,8 @@ class TraceRegularizer(Coupled):
         self.choice, self.form = choice, FormChoice("batch", "as asked for")
         if config.form == "example":
             self.form = FormChoice("example", "as asked for")
+        elif config.draw == "labels":
+            self.form = FormChoice("batch", "labels are drawn: the Fisher penalty's")
         elif config.form == "auto":
             self.form = FormChoice("batch", "auto: by example only where it is asked for")
         # Compiled, or of fewer examples, the penalty takes a forward pass of its own.
@@ -144,7 +147,8 @@ class TraceRegularizer(Coupled):
         """Choose the curvature, and the derivatives to take by a trial on some of the first batch.
 
         Raises:
-            ConfigError: If the run is too short for the penalty to be added once.
+            ConfigError: If the run is too short for the penalty to be added once, or there are no
+                labels to draw.
             DerivativeError: If no derivative is right for this model.
         """
         config, objective = self.config, setting.objective
@@ -152,6 +156,11 @@ class TraceRegularizer(Coupled):
             raise ConfigError(
                 f"--every is {config.every}, but the run has {setting.total_steps} steps: the "
                 "penalty would never be added"
+            )
+        if self.draws.labels and not objective.task.has_labels:
+            raise ConfigError(
+                f"--draw labels takes the outputs for a distribution of labels, and those of "
+                f"--task {objective.task.name} are none; leave it out"
             )
         self._take(choose_curvature(config.curvature, objective, setting.X[:2]))
         with hooks_off(objective.model):

@@ -169,6 +169,23 @@ class Task(ABC):
             e: Anything that broadcasts with the outputs.
         """
 
+    def label_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        """The gradient in the outputs of every term's loss at a label drawn from the outputs.
+
+        It is no part of B e for signs e, and E[u u^T] = A too.
+
+        Args:
+            outputs: f.
+            targets: y, for which terms count and weigh what.
+            noise: Independent numbers from [0, 1) in the shape of the outputs.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the outputs are a distribution of labels."""
+        return type(self).label_root is not Task.label_root
+
     @abstractmethod
     def curve(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         """A v for every term, in the shape of the outputs."""

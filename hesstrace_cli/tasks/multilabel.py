@@ -86,6 +86,11 @@ class Multilabel(Task):
         root = torch.exp((F.logsigmoid(outputs) + F.logsigmoid(-outputs)) / 2)
         return root * e / math.sqrt(outputs.shape[1])
 
+    def label_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        """(p - y) / D^(1/2), every label y drawn with its p."""
+        p = torch.sigmoid(outputs)
+        return (p - (noise < p).to(p.dtype)) / math.sqrt(outputs.shape[1])
+
     def curve(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         """A v = p (1 - p) v / D."""
         p = torch.sigmoid(outputs)

@@ -197,6 +197,15 @@ class SoftmaxTask(Task):
         omega = self._omega(outputs, targets)
         return root if omega is None else omega.sqrt() * root
 
+    def label_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        """omega^(1/2) (p - e_c), the label c drawn from p: the largest of f + Gumbel noise."""
+        gumbel = -torch.log(-torch.log(noise))
+        drawn = (outputs.detach() + gumbel).argmax(self.class_dim, keepdim=True)
+        root = F.softmax(outputs, self.class_dim)
+        root = root - torch.zeros_like(root).scatter_(self.class_dim, drawn, 1.0)
+        omega = self._omega(outputs, targets)
+        return root if omega is None else omega.sqrt() * root
+
     def curve(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         """A v = omega (diag(p) - p p^T) v."""
         product = softmax_hessian(outputs, vector, self.class_dim)

@@ -293,6 +293,32 @@ def test_grad_norm_by_differences(case):
     torch.testing.assert_close(value, norm.square(), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["gelu", "batch_norm_1d"])
+def test_fisher(case):
+    """The squared gradient of the cross-entropy with labels drawn from the model, in its words."""
+    penalty = the("trace", 0.3, form="batch", draw="labels")
+    step = step_of(penalty, case, seed=4)
+    objective, value = step.objective, penalty.term(step).value
+    noise = torch.empty_like(step.outputs).uniform_(generator=step.shared_generator())
+    labels = (step.outputs - (-noise.log()).log()).argmax(1)
+    assert not torch.equal(labels, step.outputs.argmax(1))
+    w = oracles.flatten(objective.params)
+    u = torch.randn(w.shape, generator=generator(3), dtype=w.dtype)
+
+    def penalty_at(flat):
+        values = oracles.unflatten(flat, objective.params)
+        values = {name: v.detach().requires_grad_() for name, v in values.items()}
+        buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
+        logits = torch.func.functional_call(objective.model, {**values, **buffers}, (step.X,))
+        loss = F.cross_entropy(logits, labels)
+        grads = torch.autograd.grad(loss, list(values.values()))
+        return len(labels) * sum(g.square().sum() for g in grads)
+
+    torch.testing.assert_close(value, penalty_at(w.detach()))
+    slope, truth = flat_gradient(value, objective) @ u, oracles.first_difference(penalty_at, w, u)
+    torch.testing.assert_close(slope, truth, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_strength_zero_is_left_out_and_defaults_are_documented(name):
     assert build({name: 0.0}, CONFIG) == []

@@ -51,6 +51,7 @@ def case(name, *, train=True):
 OPTIONS = {
     "all": {},
     "the batch's sum": {"form": "batch"},
+    "labels": {"form": "batch", "draw": "labels"},
     "two probes": {"num_probes": 2},
     "tensors": {"estimator": "dropout", "keep_prob": 0.5},
     "blocks": {"estimator": "dropout", "keep_prob": 0.5, "dropout_scheme": "block"},

@@ -11,6 +11,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hesstrace_cli.autodiff.calls import recorded_outputs, trainable
 from hesstrace_cli.curvature.objective import Objective
@@ -133,3 +134,39 @@ def check_on_hessian(case):
         assert sample.item() == pytest.approx(value, rel=1e-9, abs=1e-12), mode
         found = along(sample, params, u)
         assert found == pytest.approx(slope, rel=1e-5, abs=1e-7), mode
+
+
+@pytest.mark.parametrize(
+    "name", ["classes weighted and smoothed, relu", "tokens weighted, layer norm",
+             "pixels weighted, tanh", "labels, relu"],
+)  # fmt: skip
+def test_labels_drawn_from_the_outputs(name):
+    """Over all labels, each with its probability, u u^T is A; and they are drawn with these."""
+    case = case_of(name)
+    task, y = case.task, case.y
+    with torch.no_grad():
+        f = case.model(case.X)
+    v = torch.randn(f.shape, generator=generator(), dtype=f.dtype)
+    if task.name == "multilabel":
+        p = torch.sigmoid(f)
+        u = [task.label_root(f, y, torch.full_like(f, at)) for at in (0.0, 1.0)]  # all, none
+        mean = p * u[0] ** 2 * v + (1 - p) * u[1] ** 2 * v
+        kept = [(task.label_root(f, y, torch.rand(f.shape, generator=generator(s),
+                                                  dtype=f.dtype)) == u[0]).double()
+                for s in range(400)]  # fmt: skip
+    else:
+        dim = task.class_dim
+        p, mean = F.softmax(f, dim), 0
+        for c in range(f.shape[dim]):
+            noise = torch.full_like(f, 1e-300)
+            noise.select(dim, c).fill_(1 - 1e-15)
+            u = task.label_root(f, y, noise)
+            mean = mean + p.select(dim, c).unsqueeze(dim) * u * (u * v).sum(dim, keepdim=True)
+        kept = []
+        for s in range(400):
+            noise = torch.rand(f.shape, generator=generator(s), dtype=f.dtype)
+            kept.append((task.label_root(f, y, noise) < 0).double())
+    torch.testing.assert_close(mean, task.curve(f, y, v))
+    counts = torch.stack(kept).mean(0) - p
+    counts = counts[task.curve(f, y, v) != 0]
+    assert counts.abs().max() < 5 * 0.5 / 400**0.5
