@@ -499,6 +499,9 @@ class Row(TypedDict):
     """A row of a comparison."""
 
     regularizer: str
+    strengths: dict[str, float]
+    group: int
+    settings: dict[str, object]
     dataset: str
     model: str
     task: str | None
@@ -528,4 +531,5 @@ class Comparison(TypedDict):
     schema: str
     num_runs: int
     num_unfinished: int
+    settings: list[dict[str, object]]
     rows: list[Row]

@@ -10,11 +10,12 @@ import shutil
 import pytest
 import torch
 
-from hesstrace_cli.comparison.table import PLANNED, check_comparable, collect
+from hesstrace_cli.comparison.found import PLANNED, Found, collect
+from hesstrace_cli.comparison.groups import with_settings
 from hesstrace_cli.config import TrainConfig, to_yaml
 from hesstrace_cli.curvature.statistics import StratifiedMean
-from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting import tables
+from hesstrace_cli.reporting.apart import key
 from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.tasks import Classification
 from hesstrace_cli.tasks.classification import collapse
@@ -51,6 +52,14 @@ COMMON = [
 ]  # fmt: skip
 
 
+def grouped(*runs):
+    """The rows' names of each group of runs."""
+    groups = {}
+    for run in with_settings(Found([], runs, [])).diverged:
+        groups.setdefault(key(run), []).append(run["regularizers"])
+    return list(groups.values())
+
+
 @pytest.mark.parametrize("item", COMMON, ids=lambda item: item.name)
 def test_every_setting_is_compared(tmp_path, item):
     value = another(item)
@@ -58,31 +67,66 @@ def test_every_setting_is_compared(tmp_path, item):
     one = a_run(tmp_path / "a")
     other = a_run(tmp_path / "b", "trace=1.0", **{item.name: value})
     third = a_run(tmp_path / "c", "trace=1.0")
-    own = item.metadata["panel"] == "Trace penalty"
-    key = item.name.replace("_", "-")
-    if own:
-        check_comparable([one, other])  # a row's own
-        check_comparable([one, third])
-        with pytest.raises(ConfigError, match=f"{key} "):
-            check_comparable([one, other, third])
+    name = item.name.replace("_", "-")
+    if item.metadata["panel"] == "Trace penalty":  # a row's own
+        assert grouped(one, other) == grouped(one, third) == [["none", "trace=1.0"]]
+        usual = getattr(TrainConfig(), item.name)
+        names = [f"trace=1.0 ({name}={v})" for v in (value, usual)]
+        assert grouped(one, other, third) == [["none", *names]]
     else:
-        with pytest.raises(ConfigError, match=f"{key} "):
-            check_comparable([one, other])
-    check_comparable([one, a_run(tmp_path / "d", "trace=1.0", seed=3, device="cuda", data_dir="x")])
+        assert grouped(one, other, third) == [["none", "trace=1.0"], ["trace=1.0"]]
+    assert len(grouped(one, a_run(tmp_path / "d", "trace=1.0", seed=3, device="cuda"))) == 1
 
 
-def test_runs_of_other_settings_are_no_table(tmp_path):
+def test_runs_of_other_settings_are_compared_apart(tmp_path):
+    """Planted: each group's rows against its own plain network, as if the other were not there."""
     flags = TINY[2:]
-    for out, epochs in (("r/a", 1), ("r/b", 2)):
-        seed = ("--seed", str(epochs), "--out", tmp_path / out)
-        assert invoke("train", *flags, "--epochs", epochs, *seed).exit_code == 0
-    for folders in (["r"], ["r/a", "r/b"]):
-        result = invoke("compare", *(tmp_path / f for f in folders))
-        assert_one_line_error(result, 2, "epochs 1 and 2", "apart")
-    assert not (tmp_path / "r" / "results.json").exists()
-    assert invoke("compare", tmp_path / "r" / "a").exit_code == 0
-    (tmp_path / "r" / "b" / "config.yaml").unlink()
+    for epochs in (1, 2):
+        for seed in (0, 1):
+            for reg in ("none", "label-smoothing=0.1"):
+                out = tmp_path / f"r/{epochs}/{reg}-{seed}"
+                result = invoke("train", *flags, "--epochs", epochs, "--seed", seed, "--reg", reg,
+                                "--out", out)  # fmt: skip
+                assert result.exit_code == 0, result.output
+    result = invoke("compare", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "r/results.json").read_text())
+    assert [s["epochs"] for s in content["settings"]] == [1, 2]
+    assert all(s["train-examples"] == 100 for s in content["settings"])
+    together = {}
+    for row in content["rows"]:
+        assert row["settings"] == {"epochs": row["group"] + 1}
+        assert all(f"/{row['group'] + 1}/" in run for run in row["runs"])
+        together.setdefault(row["group"], []).append({**row, "group": 0, "settings": {}})
+    for epochs in (1, 2):
+        assert invoke("compare", tmp_path / f"r/{epochs}").exit_code == 0
+        alone = json.loads((tmp_path / f"r/{epochs}/results.json").read_text())
+        assert together[epochs - 1] == alone["rows"]
+        assert len(alone["settings"]) == 1
+        assert alone["rows"][1]["difference_to_none"]["test_loss"]["mean"] is not None
+    for text in (result.stdout, (tmp_path / "r/results.md").read_text()):
+        assert "epochs 1: mean" in text
+        assert "epochs 2: mean" in text
+    for text in (result.stderr, (tmp_path / "r/results.md").read_text()):
+        assert "2 groups of runs differ in epochs" in text
+        assert "train-examples 100" in text
+    for name in ("curves-epochs-1.png", "curves-epochs-2.png"):
+        assert (tmp_path / "r" / name).is_file()
+    both = invoke("compare", tmp_path / "r/1", tmp_path / "r/2")
+    assert both.stdout == result.stdout
+    (tmp_path / "r/1/none-0/config.yaml").unlink()
     assert_one_line_error(invoke("compare", tmp_path / "r"), 2, "no config.yaml")
+
+
+def test_a_run_that_is_planned_is_of_its_comparison(tmp_path):
+    begun = a_run(tmp_path / "c/runs/a", epochs=7)
+    elsewhere = a_run(tmp_path / "d/runs/a", epochs=9)
+    planned = {"dataset": "digits", "model": "mlp", "regularizers": "sam=1",
+               "folder": str(tmp_path / "c/runs/b"), "comparison": str(tmp_path / "c")}  # fmt: skip
+    found = with_settings(Found([], [elsewhere, begun], [planned]))
+    assert key(found.unfinished[0]) == key(
+        {"settings": {**found.diverged[1]["settings"], "model": "mlp"}}
+    )
 
 
 def test_an_unfinished_grid_says_how_far_it_is(tmp_path):

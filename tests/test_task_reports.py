@@ -14,7 +14,9 @@ import torch
 from hesstrace_cli.analysis.evaluation import evaluate, generalization_report
 from hesstrace_cli.cli.train import _epoch_line
 from hesstrace_cli.comparison import grid
-from hesstrace_cli.comparison.table import MEASURES, check_comparable, tabulate, write
+from hesstrace_cli.comparison.found import Found
+from hesstrace_cli.comparison.groups import with_settings
+from hesstrace_cli.comparison.table import MEASURES, tabulate, write
 from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
 from hesstrace_cli.data import load_data
 from hesstrace_cli.errors import ConfigError
@@ -26,7 +28,7 @@ from hesstrace_cli.storage.records import read_summary, selected
 from hesstrace_cli.storage.state import FORMAT
 from hesstrace_cli.tasks import TASKS
 from hesstrace_cli.training.summary import summarize
-from tests.conftest import assert_one_line_error, invoke
+from tests.conftest import invoke
 
 BEST = {"classification": "accuracy", "tokens": "perplexity", "segmentation": "mean_iou",
         "regression": "rmse", "multilabel": "loss"}  # fmt: skip
@@ -150,7 +152,7 @@ def test_tasks_do_not_meet_in_a_table_or_plot(tmp_path):
         assert all(row[0].startswith(f"{task}.npz") for row in table.rows)
     write(tmp_path, comparison, "")
     names = [name for name, _ in plots.of_comparison(with_epochs(mixed, tmp_path))]
-    assert len(set(names)) == len(names) == 2 * len(TASKS) + 1
+    assert len(set(names)) == len(names) == 3 * len(TASKS)
     for one, other in [("tokens", "regression"), ("classification", "multilabel")]:
         pair = [made(task=one), {**made("sam", task=other), "dataset": f"{one}.npz"}]
         with pytest.raises(ConfigError, match="different tasks"):
@@ -427,8 +429,7 @@ def test_the_other_commands_say_what_auto_took(at, monkeypatch):
 
 @pytest.mark.parametrize(
     ("key", "values"),
-    [("task", ("auto", "multilabel")), ("class_weights", (None, "balanced")),
-     ("ignore_index", (-100, 255))],
+    [("class_weights", (None, "balanced")), ("ignore_index", (-100, 255))],
 )  # fmt: skip
 def test_runs_of_other_tasks_or_weights_are_compared_apart(key, values, tmp_path):
     runs = []
@@ -442,9 +443,12 @@ def test_runs_of_other_tasks_or_weights_are_compared_apart(key, values, tmp_path
         run = made("none", number, "multilabel", folder=str(folder))
         (folder / "summary.json").write_text(json.dumps(run))
         runs.append(run)
-    with pytest.raises(ConfigError, match=key.replace("_", "-")):
-        check_comparable(runs)
-    assert_one_line_error(invoke("compare", tmp_path / "r"), 2, "apart")
+    result = invoke("compare", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "r/results.json").read_text())
+    name = key.replace("_", "-")
+    assert [s[name] for s in record["settings"]] == list(values)
+    assert [row["num_seeds"] for row in record["rows"]] == [1, 1]
 
 
 def test_data_that_changed_under_auto_is_found(tmp_path):
@@ -454,8 +458,8 @@ def test_data_that_changed_under_auto_is_found(tmp_path):
         folder.mkdir()
         (folder / "config.yaml").write_text(to_yaml(TrainConfig(dataset="x.npz", model="m")))
         runs.append({**made("none", number, task, folder=str(folder)), "dataset": "x.npz"})
-    with pytest.raises(ConfigError, match="task multilabel and regression"):
-        check_comparable(runs)
+    rows = tabulate(with_settings(Found(runs, [], [])).finished)["rows"]
+    assert [(row["task"], row["group"]) for row in rows] == [("multilabel", 0), ("regression", 1)]
 
 
 @pytest.mark.parametrize("task", TASKS)

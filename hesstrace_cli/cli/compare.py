@@ -21,8 +21,8 @@ from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.reporting.text import for_markdown
 
 if TYPE_CHECKING:
+    from hesstrace_cli.comparison.found import Found
     from hesstrace_cli.comparison.grid import Job, PlannedRun
-    from hesstrace_cli.comparison.table import Found
 
 _COSTS = "step_cost.json"
 
@@ -94,7 +94,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
     with screen.doing("loading"):
-        from hesstrace_cli.comparison.table import Found, check_comparable, collect
+        from hesstrace_cli.comparison.found import Found, collect
 
         each = [collect(Path(folder)) for folder in folders]
     found = Found(
@@ -102,15 +102,15 @@ def _tabulate_folders(folders: Sequence[str]) -> None:
         [run for one in each for run in one.diverged],
         [run for one in each for run in one.unfinished],
     )
-    known = [run for run in found.unfinished if "folder" in run]
-    check_comparable([*found.finished, *found.diverged, *known])
     out = Path(folders[0]) if len(folders) == 1 else None
     _report(found, _read_costs(out), out)
 
 
 def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
+    from hesstrace_cli.comparison.groups import with_settings
     from hesstrace_cli.comparison.table import tabulate, write
 
+    found = with_settings(found)
     finished = found.finished
     comparison = tabulate(finished, found.diverged, costs, found.unfinished)
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
@@ -118,6 +118,9 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     for table in tables.comparison_tables(comparison, several=several):
         screen.show(table, kept=out is not None)
         markdown += f"{for_markdown(table.title)}\n\n{markdown_table(table.head, table.rows)}\n"
+    for line in tables.settings_lines(comparison):
+        screen.say(line)
+        markdown += f"{for_markdown(line)}\n\n"
     screen.say(tables.READING)
     markdown += f"{tables.READING}\n"
     if out is not None:

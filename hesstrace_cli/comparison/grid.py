@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.comparison.table import CHOSEN, PLANNED, Found
+from hesstrace_cli.comparison.found import CHOSEN, PLANNED, Found
 from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, regularizers_name
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
@@ -180,7 +180,11 @@ def results(runs: Sequence[PlannedRun]) -> Found:
         for run in runs
         if (summary := run.folder.summary()) is not None
     ]
-    diverged = [read_diverged(run.diverged) for run in runs if run.diverged.is_file()]
+    diverged = [
+        {**read_diverged(run.diverged), "folder": run.config.out}
+        for run in runs
+        if run.diverged.is_file()
+    ]
     return Found(finished, diverged, [])
 
 

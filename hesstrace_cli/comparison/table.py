@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from scipy.special import stdtr
 
 from hesstrace_cli import records
-from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers, regularizers_name, resolve
+from hesstrace_cli.comparison.found import Summary
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
-from hesstrace_cli.paths import is_folder
+from hesstrace_cli.reporting.apart import differing, key
 from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.storage.files import write_atomically
-from hesstrace_cli.storage.records import (
-    measure_of,
-    metrics_of,
-    read_chosen,
-    read_diverged,
-    read_planned,
-    task_name,
-)
-from hesstrace_cli.storage.resume import PLACE
-from hesstrace_cli.storage.runs import RunFolder
+from hesstrace_cli.storage.records import measure_of, metrics_of, task_name
 from hesstrace_cli.tasks import TASKS, Task
 
 SCHEMA = "hesstrace/comparison/1"
@@ -41,131 +30,6 @@ MEASURES = (
 )  # fmt: skip
 
 LEVEL = 0.05
-Summary = Mapping[str, Any]
-
-
-CHOSEN = "chosen.json"
-"""In a comparison's folder, the names of the runs whose strength was chosen."""
-
-PLANNED = "planned.json"
-"""In a comparison's folder, what its runs are, those not begun included."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The runs under a folder.
-
-    Attributes:
-        finished: Their summaries, with their `folder`.
-        diverged: The notes of those that stopped with a loss that is not finite, with `folder`.
-        unfinished: `dataset`, `model`, `regularizers` and `seed` of those begun or planned.
-    """
-
-    finished: Sequence[Summary]
-    diverged: Sequence[Summary]
-    unfinished: Sequence[Summary]
-
-
-def collect(folder: Path) -> Found:
-    """The runs under a folder; of several strengths to choose from, those of the chosen one.
-
-    Raises:
-        ConfigError: If none is finished.
-    """
-    if not is_folder(folder):
-        raise ConfigError(f"{str(folder)!r} is no folder, expected one with finished runs")
-    names = read_chosen(folder / CHOSEN)
-
-    def folders(name: str) -> list[Path]:
-        found = sorted(file.parent for file in folder.glob(f"**/{name}"))
-        if names is None:
-            return found
-        return sorted((f for f in found if f.name in names), key=lambda f: names.index(f.name))
-
-    finished = [
-        {**summary, "folder": str(run)}
-        for run in folders("summary.json")
-        if (summary := RunFolder(run).summary()) is not None
-    ]
-    diverged = [
-        {**read_diverged(run / "diverged.json"), "folder": str(run)}
-        for run in folders("diverged.json")
-    ]
-    ended = {run["folder"] for run in [*finished, *diverged]}
-    begun: dict[str, Summary] = {
-        str(run): _described(run) for run in folders("config.yaml") if str(run) not in ended
-    }
-    for file in folder.glob(f"**/{PLANNED}"):
-        for name, run in read_planned(file).items():
-            place = str(file.parent / name)
-            if place not in ended and (names is None or Path(name).name in names):
-                begun.setdefault(place, run)
-    if not finished and not diverged:
-        left = f", {len(begun)} that are not finished" if begun else ""
-        raise ConfigError(f"{str(folder)!r} holds no finished run (no summary.json){left}")
-    return Found(finished, diverged, list(begun.values()))
-
-
-def _settings(run: Path) -> TrainConfig:
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(
-            f"{str(run)!r} has no config.yaml, so that its settings are not known; only runs of "
-            "the same settings can be compared"
-        )
-    return resolve(TrainConfig, {}, str(file))
-
-
-def _described(run: Path) -> Summary:
-    config = _settings(run)
-    name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
-    return {"dataset": config.dataset, "model": config.model, "regularizers": name,
-            "seed": config.seed, "folder": str(run)}  # fmt: skip
-
-
-_REGULARIZER = ("reg", "lambda_", "seed")
-
-
-def check_comparable(runs: Sequence[Summary]) -> None:
-    """Runs of one data set and model may differ in regularizer and seed, and in where they ran.
-
-    The settings of the trace penalty belong to the regularizer: they may differ between rows, not
-    within one.
-
-    Args:
-        runs: With `folder`, `dataset`, `model` and `regularizers`.
-
-    Raises:
-        ConfigError: If they differ in more; it says in what.
-    """
-    shared: dict[Any, tuple[str, Any]] = {}
-    for run in runs:
-        config = _settings(Path(run["folder"]))
-        if "test_loss" in run:  # auto may have taken another where the data has changed
-            task = {"task": task_name(run)}
-            _check_same(shared, (run["dataset"], run["model"], "task"), run["folder"], task)
-        own: dict[str, Any] = {}
-        common: dict[str, Any] = {}
-        for item in dataclasses.fields(TrainConfig):
-            if item.name not in (*PLACE, *_REGULARIZER):
-                is_own = item.metadata["panel"] == "Trace penalty"
-                (own if is_own else common)[key_of(item.name)] = getattr(config, item.name)
-        group = (run["dataset"], run["model"])
-        _check_same(shared, group, run["folder"], common)
-        if "trace" in parse_regularizers(config.reg, config.lambda_):
-            _check_same(shared, (*group, run["regularizers"]), run["folder"], own)
-
-
-def _check_same(
-    seen: dict[Any, tuple[str, Any]], group: Any, folder: str, settings: dict[str, Any]
-) -> None:
-    other, before = seen.setdefault(group, (folder, settings))
-    differ = [f"{k} {before[k]} and {v}" for k, v in settings.items() if before[k] != v]
-    if differ:
-        raise ConfigError(
-            f"{other!r} and {folder!r} differ in more than regularizer and seed: "
-            f"{'; '.join(differ)}. Tabulate them apart"
-        )
 
 
 def describe(values: Sequence[float]) -> records.Spread:
@@ -228,25 +92,35 @@ def tabulate(
     step_cost: Mapping[str, float] | None = None,
     unfinished: Sequence[Summary] = (),
 ) -> records.Comparison:
-    """The comparison of finished runs, a row a data set, model and regularizer.
+    """The comparison of finished runs, a row a regularizer of each group that may be compared.
 
     Args:
-        summaries: Of the runs, in the order that the rows shall have.
+        summaries: Of the runs, in the order that the rows shall have; with `settings` where they
+            are known, else the data set and model tell the groups apart.
         diverged: `dataset`, `model`, `regularizers` and `seed` of the runs that stopped with a
             loss that is not finite.
         step_cost: The time of a step over that of `none`, by regularizer.
         unfinished: As `diverged`, of the runs that are not at their end.
     """
     summaries = _distinct(summaries)
-    groups: dict[tuple[str, str], list[Summary]] = {}
     pending = [{**run, "unfinished": True} for run in unfinished]
+    groups: dict[str, list[Summary]] = {}
     for summary in [*summaries, *diverged, *pending]:
-        groups.setdefault((summary["dataset"], summary["model"]), []).append(summary)
+        groups.setdefault(key(summary), []).append(summary)
+    settings = [dict(members[0].get("settings", {})) for members in groups.values()]
+    apart = [k for k in differing(settings) if k not in ("dataset", "model", "task")]
+    places = [(members[0]["dataset"], members[0]["model"]) for members in groups.values()]
     rows: list[records.Row] = []
-    for (dataset, model), members in groups.items():
-        rows += _group(dataset, model, members, step_cost or {})
+    for number, members in enumerate(groups.values()):
+        # Steps were timed with the settings of one of several groups, it is not known of which.
+        costs = (step_cost or {}) if places.count(places[number]) == 1 else {}
+        for row in _group(*places[number], members, costs):
+            row["group"] = number
+            row["settings"] = {k: settings[number].get(k) for k in apart}
+            rows.append(row)
     num_runs = len(summaries) + len(diverged) + len(pending)
-    return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending), "rows": rows}
+    return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending),
+            "settings": settings, "rows": rows}  # fmt: skip
 
 
 def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
@@ -257,7 +131,7 @@ def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
     """
     places: dict[tuple[Any, ...], Summary] = {}
     for s in summaries:
-        place = (s["dataset"], s["model"], s["regularizers"], s["seed"])
+        place = (key(s), s["regularizers"], s["seed"])
         other = places.setdefault(place, s)
         if Path(other["folder"]).resolve() != Path(s["folder"]).resolve():
             raise ConfigError(
@@ -270,7 +144,7 @@ def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
 def _group(
     dataset: str, model: str, members: Sequence[Summary], step_cost: Mapping[str, float]
 ) -> list[records.Row]:
-    """The rows of one data set and model: their differences are paired by seed."""
+    """The rows of runs that may be compared: their differences are paired by seed."""
     names = list(dict.fromkeys(s["regularizers"] for s in members))
     finished = [s for s in members if "test_loss" in s]
     task = _task_of(finished)
@@ -299,6 +173,10 @@ def _group(
         compared = "none" in names and name != "none"
         row = {
             "regularizer": name,
+            "strengths": next(
+                (s["strengths"] for s in members if s["regularizers"] == name and "strengths" in s),
+                {},
+            ),
             "dataset": dataset,
             "model": model,
             "task": None if task is None else task.name,

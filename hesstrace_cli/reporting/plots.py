@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.reporting.apart import differing, key
 from hesstrace_cli.reporting.layout import shortened
 from hesstrace_cli.reporting.text import for_plot
 from hesstrace_cli.storage.files import write_atomically
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _MOST_INSIDE = 5  # names of a legend inside the axes
 _BAR, _BAR_HEIGHT, _MOST_BARS = "#4477aa", 0.22, 60
 _LONGEST_NAME = 40
+_LONGEST_PART = 60  # characters of a file's name
+_PLAIN_KEYS = ("dataset", "model", "task")  # whose values say what they are of
 Record = Mapping[str, Any]
 
 _PLAIN = "#7f7f7f"
@@ -181,18 +184,40 @@ def of_epochs(axes: Axes) -> None:
 
 
 def of_comparison(summaries: Sequence[Record]) -> list[tuple[str, Figure]]:
-    """The plots of a comparison with their files' names; tasks are not mixed in one."""
-    tasks: dict[str, list[Record]] = {}
+    """The plots of a comparison with their files' names, for each group that may be compared."""
+    groups: dict[str, list[Record]] = {}
     for s in summaries:
-        tasks.setdefault(task_name(s), []).append(s)
+        groups.setdefault(f"{key(s)} {task_name(s)}", []).append(s)
     found: list[tuple[str, Figure | None]] = []
-    for task, own in (tasks or {"": []}).items():
-        of_task = f"-{task}" if len(tasks) > 1 else ""
-        metric = selection_metric(own[0]) if own else "accuracy"
-        found.append((f"{metric.replace('_', '-')}-trace{of_task}.png", plot_metric(own)))
-        found.append((f"curves{of_task}.png", plot_curves(own)))
-    found.append(("layers.png", plot_layers_by_row(summaries)))
+    for part, own in zip(_parts(list(groups.values())), groups.values(), strict=True):
+        metric = selection_metric(own[0]).replace("_", "-")
+        found += [
+            (f"{metric}-trace{part}.png", plot_metric(own)),
+            (f"curves{part}.png", plot_curves(own)),
+            (f"layers{part}.png", plot_layers_by_row(own)),
+        ]
     return [(name, figure) for name, figure in found if figure is not None]
+
+
+def _parts(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """A part of a file's name for each group: what sets it apart; nothing for one alone."""
+    if len(groups) < 2:
+        return [""] * len(groups)
+    said = [
+        {"dataset": own[0]["dataset"], "model": own[0]["model"], **own[0].get("settings", {}),
+         "task": task_name(own[0])}
+        for own in groups
+    ]  # fmt: skip
+    differ = differing(said)
+    words = [
+        "-".join(str(each.get(k)) if k in _PLAIN_KEYS else f"{k}-{each.get(k)}" for k in differ)
+        for each in said
+    ]
+    names = [re.sub(r"[^\w.]+", "-", text).strip("-")[:_LONGEST_PART] for text in words]
+    return [
+        f"-{name}" if names.count(name) == 1 else f"-{name}-{number}"
+        for number, name in enumerate(names, start=1)
+    ]
 
 
 def plot_metric(summaries: Sequence[Record]) -> Figure | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from hesstrace_cli.config import TrainConfig, key_of
+from hesstrace_cli.reporting.apart import differing, settings_text
 from hesstrace_cli.reporting.layout import Strong, Table, Words
 from hesstrace_cli.storage.records import measure_of, metrics_of, selection_metric
 
@@ -231,26 +234,53 @@ _CURVATURE = ("train_loss", "generalization_gap", "trace", "input_jacobian", "to
 
 
 def comparison_tables(comparison: Mapping[str, Any], *, several: bool) -> list[Table]:
-    """Two tables for the rows of each task: how well they generalize; their curvature and cost.
+    """Two tables for the rows of each task and of the settings that set groups apart.
+
+    The first is on how well they generalize, the second on their curvature and cost.
 
     Args:
         comparison: The comparison's record.
         several: Whether there is more than one data set or model, to be named in each row.
     """
-    tasks: dict[str | None, list[Mapping[str, Any]]] = {}
+    apart: dict[tuple[str | None, str], list[Mapping[str, Any]]] = {}
     for row in comparison["rows"]:  # those of which no run is finished tell no task
-        tasks.setdefault(row["task"], []).append(row)
+        apart.setdefault((row["task"], settings_text(row["settings"])), []).append(row)
     spread = "mean ± standard deviation over seeds, of the last epoch"
     if comparison["num_unfinished"]:
         ended = comparison["num_runs"] - comparison["num_unfinished"]
         spread = f"{ended} of {comparison['num_runs']} runs: {spread}"
+    tasks = {task for task, _ in apart}
     found = []
-    for task, rows in tasks.items():
-        of_task = f"{task}: {spread}" if len(tasks) > 1 and task is not None else spread
+    for (task, settings), rows in apart.items():
+        title = f"{task}: {spread}" if len(tasks) > 1 and task is not None else spread
+        title = f"{settings}: {title}" if settings else title
         names = [f"{row['dataset']} {row['model']} {row['regularizer']}" if several
                  else row["regularizer"] for row in rows]  # fmt: skip
-        found += [_generalization(of_task, names, rows), _curvature(of_task, names, rows)]
+        found += [_generalization(title, names, rows), _curvature(title, names, rows)]
     return found
+
+
+_ALWAYS = ("dataset", "model", "epochs", "lr", "optimizer", "batch-size", "weight-decay")
+
+
+def settings_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """What all runs share, but the defaults of what few people set; in what groups differ."""
+    groups = [g for g in comparison["settings"] if g]
+    if not groups:
+        return []
+    differ = differing(groups)
+    usual = {key_of(item.name): getattr(TrainConfig(), item.name) for item in fields(TrainConfig)}
+    shared = {
+        k: v for k, v in groups[0].items()
+        if k not in differ and (k in _ALWAYS or v != usual[k])
+    }  # fmt: skip
+    lines = [f"Settings of all runs, the other ones at their defaults: {settings_text(shared)}."]
+    if differ:
+        lines.append(
+            f"{len(groups)} groups of runs differ in {', '.join(differ)}; rows are compared within "
+            "a group alone."
+        )
+    return lines
 
 
 def _generalization(spread: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
