@@ -39,7 +39,7 @@ def another(item):
         "mean": [0.5], "std": [0.5], "model": "mlp", "dataset": "mnist", "model_arg": {"width": 4},
         "device": "cuda", "data_dir": "d", "num_classes": 12, "image_size": 9, "train_examples": 50,
         "keep_prob": 0.25, "momentum": 0.5, "task": "multilabel", "class_weights": "balanced",
-        "ignore_index": 255, "form": "example", "penalty_examples": 0.5,
+        "ignore_index": 255, "form": "example", "penalty_examples": 0.5, "draw": "labels",
     }  # fmt: skip
     if item.name in known:
         return known[item.name]

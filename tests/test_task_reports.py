@@ -21,7 +21,7 @@ from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
 from hesstrace_cli.data import load_data
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.models import build_model
-from hesstrace_cli.reporting import plots, tables
+from hesstrace_cli.reporting import comparisons, plots, tables
 from hesstrace_cli.reporting.events import Events
 from hesstrace_cli.storage.checkpoints import save_checkpoint
 from hesstrace_cli.storage.records import read_summary, selected
@@ -134,11 +134,19 @@ def test_rows_have_the_metrics_of_their_task(task, tmp_path):
     assert "0.0000" not in str(upper.rows)
 
     write(tmp_path, comparison, "")
-    (first, _) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    (first, second) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
     assert first["task"] == task
     assert None not in first
     for m in set(metrics) - {"accuracy"}:
         assert float(first[f"{m}_mean"]) == pytest.approx(none["metrics"][m]["mean"])
+    assert first["test_loss_minus_none"] == ""
+    for m in set(metrics) - {"accuracy"} | {"test_loss"}:
+        named = trace["difference_to_none"]
+        difference = named[m] if m in named else named["metrics"][m]
+        parts = (difference["mean"], *difference["ci95"], difference["p_value"],
+                 difference["p_holm"])  # fmt: skip
+        names = ("", "_low", "_high", "_p", "_p_holm")
+        assert [float(second[f"{m}_minus_none{n}"]) for n in names] == pytest.approx(parts)
     assert len(set(first)) == len((tmp_path / "results.csv").read_text().split("\n")[0].split(","))
 
 
@@ -151,8 +159,8 @@ def test_tasks_do_not_meet_in_a_table_or_plot(tmp_path):
         assert table.title.startswith(f"{task}: ")
         assert all(row[0].startswith(f"{task}.npz") for row in table.rows)
     write(tmp_path, comparison, "")
-    names = [name for name, _ in plots.of_comparison(with_epochs(mixed, tmp_path))]
-    assert len(set(names)) == len(names) == 3 * len(TASKS)
+    names = list(plotted(with_epochs(mixed, tmp_path)))
+    assert len(names) == 4 * len(TASKS)
     for one, other in [("tokens", "regression"), ("classification", "multilabel")]:
         pair = [made(task=one), {**made("sam", task=other), "dataset": f"{one}.npz"}]
         with pytest.raises(ConfigError, match="different tasks"):
@@ -177,7 +185,7 @@ def test_a_summary_of_before_has_its_accuracy():
     assert none["metrics"]["balanced_accuracy"]["mean"] is None
     assert trace["difference_to_none"]["test_accuracy"]["mean"] is not None
     assert selected(runs[0], "val", "accuracy") == runs[0]["val_accuracy"]
-    assert plots.plot_metric(runs).axes[0].get_ylabel() == "test accuracy"
+    assert comparisons.plot_metric(runs).axes[0].get_ylabel() == "test accuracy"
     shown = [row[0] for row in tables.summary_table("t", runs[0]).rows[1:6]]
     assert shown == ["test accuracy", "test loss", "train accuracy", "train loss",
                      "validation accuracy"]  # fmt: skip
@@ -199,11 +207,18 @@ def with_epochs(runs, folder, **changes):
     return found
 
 
+def plotted(runs):
+    """The figures of a comparison by name, no name twice."""
+    found = comparisons.of_comparison(tabulate(runs), runs)
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_plots_show_what_the_task_picks_by(task, tmp_path):
-    figures = dict(plots.of_comparison(with_epochs(grid_of(task), tmp_path)))
+    figures = plotted(with_epochs(grid_of(task), tmp_path))
     name = BEST[task].replace("_", "-")
-    assert list(figures) == [f"{name}-trace.png", "curves.png", "layers.png"]
+    assert list(figures) == ["differences.png", f"{name}-trace.png", "curves.png", "layers.png"]
     label = BEST[task].replace("_", " ")
     axes = figures[f"{name}-trace.png"].axes[0]
     assert axes.get_ylabel() == f"test {label}"
@@ -224,20 +239,20 @@ def test_what_is_nowhere_known_leaves_its_panel_out(tmp_path):
         folder = tmp_path / task
         folder.mkdir()
         runs = with_epochs(grid_of(task), folder, val_loss=None, val_metrics=None)
-        (only,) = plots.plot_curves(runs).axes
+        (only,) = comparisons.plot_curves(runs).axes
         assert only.get_ylabel().startswith("training loss")
         runs = [{**run, "trace": unknown} for run in runs]
-        assert [name for name, _ in plots.of_comparison(runs)] == ["curves.png"]
+        assert list(plotted(runs)) == ["differences.png", "curves.png"]
         assert tabulate(runs)["rows"][0]["trace"]["mean"] is None
         tables.summary_table("t", runs[0])
     endless = [
         {**run, "metrics": {"perplexity": None, "accuracy": 0.5}} for run in grid_of("tokens")
     ]
-    assert plots.plot_metric(endless) is None
+    assert comparisons.plot_metric(endless) is None
     tables.comparison_tables(tabulate(endless), several=False)
     partly = [{**run, "trace": unknown} if run["seed"] else run for run in grid_of("tokens")]
-    assert plots.plot_layers_by_row(partly) is not None
-    assert plots.of_comparison([]) == []
+    assert comparisons.plot_layers_by_row(partly) is not None
+    assert plotted([]) == {}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from hesstrace_cli.cli import screen
 from hesstrace_cli.comparison.table import tabulate, write
-from hesstrace_cli.reporting import plots, spectra
+from hesstrace_cli.reporting import comparisons, plots, spectra
 from hesstrace_cli.reporting.layout import Strong, Table, Words, fitted, markdown_table
 from hesstrace_cli.reporting.text import for_csv, for_markdown, for_plot, for_screen
 from tests.conftest import TINY, invoke
@@ -168,8 +168,10 @@ def test_plots_draw_hostile_names(tmp_path):
     """No mathematics, no markup, no name left out of a legend; any character can be drawn."""
     names = [name for name in hostile_texts(8) if name.strip()]
     figures = [
-        plots.plot_metric([summary(n, regularizers=n, dataset="d", model="m") for n in names]),
-        plots.plot_layers_by_row([summary("$x", regularizers=n) for n in names[:4]]),
+        comparisons.plot_metric(
+            [summary(n, regularizers=n, dataset="d", model="m") for n in names]
+        ),
+        comparisons.plot_layers_by_row([summary("$x", regularizers=n) for n in names[:4]]),
         plots.plot_traces([record(n) for n in names[:5]]),
         plots.plot_traces([record(n, epoch=None) for n in names]),
         spectra.plot_spectra([record(n) for n in names[:3]]),
@@ -179,7 +181,7 @@ def test_plots_draw_hostile_names(tmp_path):
         assert isinstance(figure, matplotlib.figure.Figure)
         plots.save(figure, str(tmp_path / f"{number}.svg"))
     (axes,) = figures[0].axes
-    assert len(axes.get_legend().get_texts()) == len(names)
+    assert len(axes.texts) == len(names)
     for name in names:
         assert matplotlib.cbook.is_math_text(for_plot(name)) is False
 

@@ -16,7 +16,7 @@ from hesstrace_cli.cli.signals import StopRequest
 from hesstrace_cli.cli.train import report_negative, warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
-from hesstrace_cli.reporting import plots, tables
+from hesstrace_cli.reporting import comparisons, plots, tables
 from hesstrace_cli.reporting.layout import markdown_table
 from hesstrace_cli.reporting.text import for_markdown
 
@@ -125,7 +125,7 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     markdown += f"{tables.READING}\n"
     if out is not None:
         write(out, comparison, markdown)
-        for name, figure in plots.of_comparison(finished):
+        for name, figure in comparisons.of_comparison(comparison, finished):
             plots.save(figure, str(out / name))
         screen.say(f"results.json, results.csv, results.md and plots are in {out}")
     if found.diverged and not finished:

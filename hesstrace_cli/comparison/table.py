@@ -18,6 +18,7 @@ from hesstrace_cli.comparison.found import Summary
 from hesstrace_cli.curvature.statistics import t_quantile
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.reporting.apart import differing, key
+from hesstrace_cli.reporting.plots import plain_first
 from hesstrace_cli.reporting.text import for_csv
 from hesstrace_cli.storage.files import write_atomically
 from hesstrace_cli.storage.records import measure_of, metrics_of, task_name
@@ -30,6 +31,9 @@ MEASURES = (
 )  # fmt: skip
 
 LEVEL = 0.05
+
+_FIRST = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
+_LAST = ("num_unfinished", "num_collapsed", "task", "group")
 
 
 def describe(values: Sequence[float]) -> records.Spread:
@@ -145,7 +149,7 @@ def _group(
     dataset: str, model: str, members: Sequence[Summary], step_cost: Mapping[str, float]
 ) -> list[records.Row]:
     """The rows of runs that may be compared: their differences are paired by seed."""
-    names = list(dict.fromkeys(s["regularizers"] for s in members))
+    names = plain_first(dict.fromkeys(s["regularizers"] for s in members))
     finished = [s for s in members if "test_loss" in s]
     task = _task_of(finished)
     metrics = dict(task.higher_is_better) if task is not None else {}
@@ -268,20 +272,37 @@ def _name_winners(
 def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     """Write `results.json`, `results.csv` and `results.md`."""
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    plain = ("dataset", "model", "regularizer", "num_seeds", "num_diverged", "step_cost")
-    parts = ("mean", "std")
-    head = [f"{m}_{part}" for m in MEASURES for part in parts]
-    last = ("num_unfinished", "num_collapsed", "task")
-    rows = comparison["rows"]
-    metrics = [m for m in dict.fromkeys(m for row in rows for m in row["metrics"])
-               if measure_of(m) not in MEASURES]  # fmt: skip
-    writer.writerow([*plain, *head, *last, *(f"{m}_{part}" for m in metrics for part in parts)])
-    for row in rows:
-        cells = [row[m][part] for m in MEASURES for part in parts]
-        names = [for_csv(x) if isinstance(x := row[name], str) else x for name in plain]
-        own = [row["metrics"].get(m, {}).get(part) for m in metrics for part in parts]
-        writer.writerow([*names, *cells, *(row[name] for name in last), *own])
+    lines = [_flat(row) for row in comparison["rows"]]
+    head = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(table, list(head), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     write_atomically(folder / "results.json", json.dumps(comparison, indent=2) + "\n")
     write_atomically(folder / "results.csv", table.getvalue())
     write_atomically(folder / "results.md", markdown)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `results.csv`: what a row is of, its figures, its differences to `none`."""
+    line = {name: row[name] for name in _FIRST}
+    measures = {m: row[m] for m in MEASURES}
+    measures |= {m: own for m, own in row["metrics"].items() if measure_of(m) not in MEASURES}
+    differences = row["difference_to_none"] or {"metrics": {}}
+    differences = {**differences["metrics"], **differences}
+    for m, own in measures.items():
+        line |= {f"{m}_mean": own["mean"], f"{m}_std": own["std"]}
+        line |= _ends(f"{m}_", own["ci95"])
+        found = differences.get(m, {})
+        line[f"{m}_minus_none"] = found.get("mean")
+        line |= _ends(f"{m}_minus_none_", found.get("ci95"))
+        line |= {f"{m}_minus_none_p": found.get("p_value"),
+                 f"{m}_minus_none_p_holm": found.get("p_holm")}  # fmt: skip
+    line |= {name: row[name] for name in _LAST}
+    line |= {f"strength {name}": value for name, value in row["strengths"].items()}
+    line |= {f"setting {name}": value for name, value in row["settings"].items()}
+    return {for_csv(k): for_csv(v) if isinstance(v, str) else v for k, v in line.items()}
+
+
+def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {f"{name}low": low, f"{name}high": high}
