@@ -375,15 +375,22 @@ class HeldPadding(TorchFunctionMode):
         return torch.where((input == padding).unsqueeze(-1), held, rows)
 
 
-def _without_cudnn(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+def _without_fused(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    """Without cuDNN and oneDNN, whose recurrent layers are one operation each.
+
+    Step by step their weights are those of linear layers, and examples' gradients can be told.
+    """
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        cudnn = torch.backends.cudnn
+        cudnn, onednn = torch.backends.cudnn, torch._C._get_mkldnn_enabled()
         before = cudnn.enabled
         cudnn.enabled = False  # `cudnn.flags` would set all its other flags too
+        torch._C._set_mkldnn_enabled(False)
         try:
             return recurrent(*args, **kwargs)
         finally:
             cudnn.enabled = before
+            torch._C._set_mkldnn_enabled(onednn)
 
     return call
 
@@ -424,9 +431,9 @@ _NORMS: dict[Any, Callable[..., Tensor]] = {
     torch.rms_norm: rms_norm,
 }
 
-# In eval mode cuDNN's recurrent layers have no derivative at all.
+# In eval mode cuDNN's recurrent layers have no derivative at all; fused ones have no norm rule.
 _FIRST_ORDER: dict[Any, Callable[..., Any]] = {
-    recurrent: _without_cudnn(recurrent)
+    recurrent: _without_fused(recurrent)
     for recurrent in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 }
 

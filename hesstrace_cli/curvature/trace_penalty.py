@@ -31,6 +31,7 @@ from hesstrace_cli.tasks import Task
 def root_gradients(
     outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
     draws: Draws, generator: Generator, rows: Tensor | None = None, num_examples: int = 0,
+    hold: bool = False,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:  # fmt: skip
     """For every probe what is kept, and g = sum_m J_m^T u_m of its tensors, u = B e or of labels.
 
@@ -43,16 +44,18 @@ def root_gradients(
         generator: Source of all randomness; the same for all parts of a batch.
         rows: The examples' positions in their batch; None where they are the batch.
         num_examples: Of the batch, where they are a part of it.
+        hold: Whether B counts as constant where g is differentiated.
     """
+    at = outputs.detach() if hold else outputs
     for _ in range(draws.num_probes):
         keep = draws.keep(params, generator)
-        u = draws.cotangent(outputs, targets, task, generator, rows, num_examples)
+        u = draws.cotangent(at, targets, task, generator, rows, num_examples)
         yield keep, root_gradient(outputs, params, u, keep)
 
 
 def batch_samples(
     outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
-    draws: Draws, generator: Generator, num_terms: float | None = None,
+    draws: Draws, generator: Generator, num_terms: float | None = None, hold: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Samples of tr(G) of a whole batch, || s sum_m J_m^T B_m e_m ||^2 / M, one a probe.
 
@@ -62,7 +65,7 @@ def batch_samples(
     return [
         torch.stack(list(traces_of(g, keep, num_terms).values())).sum()
         for keep, g in root_gradients(
-            outputs, params, task, targets, draws=draws, generator=generator
+            outputs, params, task, targets, draws=draws, generator=generator, hold=hold
         )
     ]
 
@@ -131,12 +134,13 @@ class CompiledSamples:
     Args:
         objective: The mean loss.
         curvature: "hessian" or "ggn".
+        hold: Whether A of the latter counts as constant where they are differentiated.
     """
 
-    def __init__(self, objective: Objective, curvature: str) -> None:
+    def __init__(self, objective: Objective, curvature: str, *, hold: bool = False) -> None:
         self._of_g = curvature == "ggn"
         self._objective = objective
-        self._plain = partial(_sample, objective, curvature)
+        self._plain = partial(_sample, objective, curvature, hold)
         self._compiled: Callable[..., Tensor] | None = None
 
     def __call__(
@@ -171,15 +175,18 @@ class CompiledSamples:
 
 
 def _sample(
-    objective: Objective, curvature: str, params: Params, X: Tensor, y: Tensor, signs: Tensor,
-    parts: Params,
+    objective: Objective, curvature: str, hold: bool, params: Params, X: Tensor, y: Tensor,
+    signs: Tensor, parts: Params,
 ) -> Tensor:  # fmt: skip
     """One sample as a function of its arguments; `parts` are G's factors, or H's probe."""
     task = objective.task
     if curvature == "ggn":
+
+        def cotangent(outputs: Tensor) -> Tensor:
+            return task.root(outputs.detach() if hold else outputs, y, signs)
+
         traces = trace_sample_at(
-            lambda p: objective.outputs(p, X), params, lambda f: task.root(f, y, signs), parts,
-            task.divisor(y),
-        )  # fmt: skip
+            lambda p: objective.outputs(p, X), params, cotangent, parts, task.divisor(y)
+        )
         return torch.stack(list(traces.values())).sum()
     return quadratic_form(lambda p: objective.loss(p, X, y), params, parts, mode="forward")

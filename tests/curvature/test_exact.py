@@ -46,6 +46,32 @@ class Double(torch.autograd.Function):
         return 2 * g
 
 
+class Sequence(nn.Module):
+    """A recurrent layer on sequences of two or more words, time first."""
+
+    def __init__(self, layer, head):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(4, 3), layer, head
+
+    def forward(self, X):
+        return self.head(self.layer(self.table(words(X).T))[0].mean(0))
+
+
+class Cell(nn.Module):
+    """A cell, step by step."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, X):
+        state, steps = None, []
+        for x in X:
+            state = self.cell(x, state)
+            steps.append(state[0])
+        return torch.stack(steps), state
+
+
 class Siamese(nn.Module):
     def __init__(self):
         super().__init__()
@@ -389,6 +415,34 @@ SHAPES = {
         lambda m, X: (torch.fft.fft(X @ m.a) * m.gain + m.shift).abs() @ m.head,
         a=(8, 6), gain=(6,), shift=(6,), head=(6, 3),
     ),
+    "lstm, two layers both ways, sequence first": lambda: Sequence(
+        nn.LSTM(3, 4, num_layers=2, bidirectional=True), nn.Linear(8, 3)
+    ),
+    "lstm cell, no bias": lambda: Sequence(Cell(nn.LSTMCell(3, 4, bias=False)), nn.Linear(4, 3)),
+    "gru, two layers": lambda: Sequence(nn.GRU(3, 4, num_layers=2), nn.Linear(4, 3)),
+    "rnn": lambda: Sequence(nn.RNN(3, 4), nn.Linear(4, 3)),
+    "a weight and its transpose": lambda: Function(
+        lambda m, X: torch.tanh(F.linear(torch.tanh(X @ m.a), m.a, m.b)) @ m.head,
+        a=(8, 4), b=(8,), head=(8, 3),
+    ),
+    "a square weight and its transpose": lambda: Function(
+        lambda m, X: F.linear(torch.tanh(X.reshape(-1, 2, 4) @ m.a), m.a).flatten(1) @ m.head,
+        a=(4, 4), head=(8, 3),
+    ),
+    "words and outputs that share a table": lambda: Function(
+        lambda m, X: F.linear(F.embedding(words(X), m.table).cumsum(1).tanh(), m.table, m.b)
+        .flatten(1) @ m.head, table=(4, 6), b=(4,), head=(20, 3),
+    ),
+    "two tables that are one, padded": lambda: Function(
+        lambda m, X: (
+            F.embedding(words(X), m.table, padding_idx=0) + F.embedding(words(-X), m.table)
+        ).tanh().sum(1) @ m.head,
+        table=(4, 6), head=(6, 3),
+    ),
+    "convolved twice": lambda: Function(
+        lambda m, X: F.conv1d(F.conv1d(X.reshape(-1, 1, 8), m.a).tanh(), m.a).flatten(1),
+        a=(1, 1, 4),
+    ),
     "whole weights inside and out": lambda: Function(
         lambda m, X: torch.mm(X, m.a) * m.row - m.row2 + (m.b * 2) @ m.c,
         a=(8, 3), row=(3,), row2=(1, 3), b=(1, 2), c=(2, 3),
@@ -430,10 +484,12 @@ def test_rules_are_used_where_there_are_some():
     left = {
         name: PerExampleTrace(*build(SHAPES[name])[:2]).without_rule()
         for name in ("batch_norm_2d", "layer_norm", "group_norm", "transformer", "depthwise",
-                     "embedding", "sequence first", "time folded into the batch", "tied", "conv3d")
+                     "embedding", "sequence first", "time folded into the batch", "tied", "conv3d",
+                     "lstm", "lstm cell, no bias", "gru, two layers", "convolved twice",
+                     "words and outputs that share a table", "a weight and its transpose")
     }  # fmt: skip
     assert {name: names for name, names in left.items() if names} == {
-        "tied": ["a.weight"],
+        "convolved twice": ["a"],
     }
 
 

@@ -150,7 +150,7 @@ def test_cudnn_is_off_where_a_recurrent_layer_is_called(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     for table in (differentiable._FIRST_ORDER, differentiable._SECOND_ORDER,
                   differentiable._ANY_ORDER):  # fmt: skip
-        monkeypatch.setitem(table, torch.lstm, differentiable._without_cudnn(lstm))
+        monkeypatch.setitem(table, torch.lstm, differentiable._without_fused(lstm))
     model, X = Recurrent(nn.LSTM).eval(), torch.randn(3, 8)
     native_outputs(model, X)
     Objective(model, trainable(model)).outputs({}, X)

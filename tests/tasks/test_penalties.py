@@ -44,7 +44,7 @@ def blocks(case, matrix):
     return dict(zip(names, matrix.split(sizes, -1), strict=True))
 
 
-def dense_sample(case, signs, kinds):
+def dense_sample(case, signs, kinds, held=None):
     """The sample of tr(G) with these signs as a function of all parameters in one vector.
 
     Args:
@@ -52,16 +52,17 @@ def dense_sample(case, signs, kinds):
         signs: In the shape of the outputs.
         kinds: By parameter: "batch" for the squared norm of the sum over all examples, "example"
             for the sum of their squared norms, "closed" for the block's trace without signs.
+        held: Outputs at which the curvature is taken; those of the parameters where it is None.
     """
     task, y = case.task, case.y
 
     def sample(flat):
         f = outputs_at(case, flat)
         J = torch.autograd.functional.jacobian(lambda w: outputs_at(case, w), flat)
-        N, total = len(f), 0.0
+        N, total, at = len(f), 0.0, f if held is None else held
         units = torch.eye(f.numel(), dtype=f.dtype).view(-1, *f.shape)
         for name, part in blocks(case, J.flatten(1, -2)).items():
-            u = task.root(f, y, signs).flatten(1)
+            u = task.root(at, y, signs).flatten(1)
             of_examples = torch.einsum("nk,nkp->np", u, part)
             if kinds[name] == "batch":
                 total += of_examples.sum(0).square().sum()
@@ -69,7 +70,7 @@ def dense_sample(case, signs, kinds):
                 total += of_examples.square().sum()
             else:
                 rows = part.reshape(N * u.shape[1], -1)
-                total += sum((task.root(f, y, e).flatten() @ rows).square().sum() for e in units)
+                total += sum((task.root(at, y, e).flatten() @ rows).square().sum() for e in units)
         return total / task.num_terms(y)
 
     return sample
@@ -81,7 +82,13 @@ def test_on_the_gauss_newton_part(name, form):
     check_on_ggn(case_of(name), form)
 
 
-def check_on_ggn(case, form):
+@pytest.mark.parametrize("form", ["batch", "example"])
+@pytest.mark.parametrize("name", ["classes, tanh", "tokens, tanh", "labels, tanh"])
+def test_with_the_curvature_in_the_outputs_held(name, form):
+    check_on_ggn(case_of(name), form, hold=True)
+
+
+def check_on_ggn(case, form, *, hold=False):
     params = trainable(case.model)
     outputs = recorded_outputs(case.model, params, case.X)
     signs = draw_signs(outputs, generator(), balanced=form == "example")
@@ -91,9 +98,10 @@ def check_on_ggn(case, form):
         (value,) = batch_samples(*arguments, draws=Draws(), generator=generator())
     else:
         by_example = ByExample()
-        (value,) = by_example.samples(*arguments, draws=Draws(), generator=generator())
+        (value,) = by_example.samples(*arguments, draws=Draws(), generator=generator(), hold=hold)
         kinds = {name: way.kind for name, way in by_example.ways.items()}
-    truth, w, u = dense_sample(case, signs, kinds), flat_params(case), direction(case)
+    held = outputs.detach() if hold else None
+    truth, w, u = dense_sample(case, signs, kinds, held), flat_params(case), direction(case)
     assert value.item() == pytest.approx(truth(w).item(), rel=1e-9)
     slope = first_difference(truth, w, u, step=1e-6).item()
     assert along(value, params, u) == pytest.approx(slope, rel=1e-5, abs=1e-7)

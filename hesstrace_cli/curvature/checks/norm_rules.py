@@ -23,7 +23,7 @@ from hesstrace_cli.curvature.checks.verdicts import (
 )
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.independence import column
-from hesstrace_cli.curvature.per_example.norms import check_layouts
+from hesstrace_cli.curvature.per_example.norms import check_layouts, gradients
 from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, LAYER_RULES
 from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms
 from hesstrace_cli.curvature.per_example.uses import Use, find_uses
@@ -60,10 +60,7 @@ class _Pass:
     def by_rules(self, uses: Sequence[Use]) -> Norms:
         """||J_i^T u_i||^2, (N,) by name."""
         with held_statistics():
-            grads = torch.autograd.grad(
-                self.outputs, [use.edge for use in uses], self.u, create_graph=True,
-                materialize_grads=True,
-            )  # fmt: skip
+            grads = gradients(self.outputs, uses, self.u, create_graph=True)
         norms: Norms = {}
         for use, g in zip(uses, grads, strict=True):
             norms |= use.squares(g, self.layouts[next(iter(use.names.values()))])

@@ -14,8 +14,9 @@ constants; its gradient is that of this value, the statistics moving with the we
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.differentiable import held_statistics
 from hesstrace_cli.autodiff.graph import Params, topological
+from hesstrace_cli.curvature.per_example.head import Head, find_head
 from hesstrace_cli.curvature.per_example.norms import check_layouts
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
 from hesstrace_cli.curvature.per_example.rules.layout import Layout
@@ -53,11 +55,10 @@ class Way:
 
     def fits(self, use: Use, num_examples: int) -> bool:
         """Whether an operation is the one that was looked at."""
-        rows, rest = divmod(use.num_rows, num_examples)
-        if self.kind != "example" or rest:
+        if self.kind != "example" or any(rows % num_examples for rows in use.rows_at):
             return False
         if self.single:  # whatever it is called: batch norm is another one where it is synced
-            return rows == 1
+            return use.rows_at == (num_examples,)
         return self.operation == use.kind
 
 
@@ -89,10 +90,15 @@ class ByExample:
             task: Says which outputs make up a term.
         """
         uses = find_uses(outputs, params)
+        head = find_head(outputs, uses, task)
         with held_statistics():
-            closed = output_layer(outputs, uses, params, task)
-            uses = [use for use in uses if not closed.keys() >= set(use.names.values())]
-            layouts = check_layouts(outputs, uses)
+            if head is None:
+                closed = set(output_layer(outputs, uses, params, task))
+                uses = [use for use in uses if not closed >= set(use.names.values())]
+                layouts = check_layouts(outputs, uses)
+            else:
+                closed, uses = set(head.names.values()), [*head.below(uses), *head.embeddings()]
+                layouts = check_layouts(head.hidden, uses, head.examples)
         self.ways = {name: Way("closed") for name in closed}
         for use in uses:
             for name in use.names.values():
@@ -102,7 +108,7 @@ class ByExample:
                     reason = "examples touch each other"
                     self.ways[name] = Way("batch", reason=reason)
                     continue
-                single = use.num_rows == len(outputs)
+                single = use.rows_at == (len(outputs),)
                 self.ways[name] = Way("example", use.kind, layouts[name].strided, single)
         for name in params.keys() - self.ways.keys():
             self.ways[name] = Way("batch", reason="used twice, or in an operation without a rule")
@@ -128,7 +134,7 @@ class ByExample:
     def samples(
         self, outputs: Tensor, params: Params, task: Task, targets: Tensor, *,
         draws: Draws, generator: Generator, rows: Tensor | None = None, num_examples: int = 0,
-        num_terms: float | None = None,
+        num_terms: float | None = None, hold: bool = False,
     ) -> list[Tensor]:  # fmt: skip
         """Samples t of these examples, one a probe, 0-dim with a graph to all parameters.
 
@@ -144,30 +150,60 @@ class ByExample:
             rows: The examples' positions in their batch; None where they are the batch.
             num_examples: Of the batch, where they are a part of it.
             num_terms: M, if not that of the targets.
+            hold: Whether A counts as constant where they are differentiated.
         """
         self.ways, is_of_one = self._known.get(_operations(outputs), ({}, True))
         if not self.ways or (is_of_one and len(outputs) > 1):
             self.examine(outputs, params, task)
         num_terms = num_terms or task.divisor(targets)
         uses = find_uses(outputs, params)
-        closed, missed = self._closed(outputs, uses, params, task, targets)
+        head = self._head(outputs, uses, task, draws)
+        at = outputs.detach() if hold else outputs
+        if head is None:
+            closed, missed = self._closed(outputs, at, uses, params, task, targets)
+        else:
+            found = head.closed(head.traces(targets, hold=hold))
+            closed, missed = torch.stack(list(found.values())).sum(), {}
         rest = {name: p for name, p in params.items() if self.ways[name].kind != "closed"}
         samples = []
         for _ in range(draws.num_probes if rest or missed else 1):
             parts = [closed]
             if rest or missed:
                 keep = missed | draws.keep(rest, generator)
-                signs = draw_signs(
-                    outputs, generator, rows, num_examples, balanced=True
-                )  # fmt: skip
-                cotangent = task.root(outputs, targets, signs)
-                parts += self._squares(outputs, uses, params, cotangent, keep)
+                signs = draw_signs(outputs, generator, rows, num_examples, balanced=True)
+                if head is None:
+                    cotangent = task.root(at, targets, signs)
+                    parts += self._squares(outputs, len(outputs), uses, params, cotangent, keep)
+                else:
+                    parts += self._below(head, uses, params, targets, signs, keep, hold)
             samples.append(torch.stack(parts).sum() / num_terms)
         return samples
 
+    def _head(self, outputs: Tensor, uses: list[Use], task: Task, draws: Draws) -> Head | None:
+        """The output layer, if what else has its weight goes by example too."""
+        head = find_head(outputs, uses, task)
+        if head is None or head.tied is None:
+            return head
+        by_example = self.ways[head.tied_name].kind == "example"
+        return head if by_example and draws.scheme != "entry" else None
+
+    def _below(
+        self, head: Head, uses: list[Use], params: Params, targets: Tensor, signs: Tensor,
+        keep: Params, hold: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """The squared norms where the output layer is taken apart."""
+        N, layout = len(head.outputs), None
+        kept = signs.to(torch.int8)  # a quarter of the outputs
+        if head.tied is not None:
+            layout = Layout(N, self.ways[head.tied_name].strided)
+        cotangent, words = head.pulled(targets, kept.__getitem__, layout, hold=hold)
+        below = [*head.below(uses), *words]
+        return self._squares(head.hidden, N, below, params, cotangent, keep)
+
     def _closed(
-        self, outputs: Tensor, uses: list[Use], params: Params, task: Task, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, outputs: Tensor, at: Tensor, uses: list[Use], params: Params, task: Task,
+        targets: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The output layer's part, and factors 1 for those of its tensors that are not found."""
         names = [name for name, way in self.ways.items() if way.kind == "closed"]
         found = output_layer(outputs, uses, params, task) if names else {}
@@ -175,38 +211,41 @@ class ByExample:
         squares = [found[name] for name in names if name in found]
         if not squares:
             return outputs.new_zeros(()), missed
-        traces = task.curvature_traces(outputs, targets).flatten()
+        traces = task.curvature_traces(at, targets).flatten()
         return (torch.stack(squares).sum(0) * traces).sum(), missed
 
     def _squares(
-        self, outputs: Tensor, uses: list[Use], params: Params, cotangent: Tensor, keep: Params
-    ) -> list[Tensor]:
-        """The squared norms of the kept tensors, summed over the examples."""
-        N = len(outputs)
+        self, outputs: Tensor, N: int, uses: list[Use], params: Params, cotangent: Tensor,
+        keep: Params,
+    ) -> list[Tensor]:  # fmt: skip
+        """The squared norms of the kept tensors, summed over the N examples."""
         chosen: list[tuple[Use, dict[str, Tensor]]] = []
         for use in uses:
             own = {
                 n: keep[n] for n in use.names.values() if n in keep and self.ways[n].fits(use, N)
+                and (use.takes_entries or not keep[n].dim())
             }  # fmt: skip
             if own:
                 chosen.append((use, own))
         done = {name for _, own in chosen for name in own}
         whole = [name for name in keep if name not in done]
-        at: list[Any] = [*(use.edge for use, _ in chosen), *(params[name] for name in whole)]
+        edges = [edge for use, _ in chosen for edge in use.edges]
+        at: list[Any] = [*edges, *(params[name] for name in whole)]
         squares: list[Tensor] = []
 
-        def take(use: Use, own: dict[str, Tensor], g: Tensor) -> None:
+        def take(use: Use, own: dict[str, Tensor], grads: Sequence[Tensor]) -> None:
             layout = Layout(N, self.ways[next(iter(own))].strided)
-            squares.extend(norms.sum() for norms in use.squares(g, layout, own).values())
+            squares.extend(norms.sum() for norms in use.squares(grads, layout, own).values())
 
         with held_statistics(with_weights=bool(whole)), _on_the_way(chosen, take) as taken:
-            grads = torch.autograd.grad(
+            grads = iter(torch.autograd.grad(
                 outputs, at, cotangent, create_graph=True, materialize_grads=True
-            )  # fmt: skip
-        for (use, own), g in zip(chosen, grads, strict=False):
+            ))  # fmt: skip
+        for use, own in chosen:
+            of_use = list(itertools.islice(grads, len(use.edges)))
             if id(use) not in taken:
-                take(use, own, g)
-        for name, g in zip(whole, grads[len(chosen) :], strict=True):
+                take(use, own, of_use)
+        for name, g in zip(whole, grads, strict=True):
             squares.append((keep[name] * g).square().sum())
         return squares
 
@@ -214,7 +253,7 @@ class ByExample:
 @contextmanager
 def _on_the_way(
     chosen: list[tuple[Use, dict[str, Tensor]]],
-    take: Callable[[Use, dict[str, Tensor], Tensor], None],
+    take: Callable[[Use, dict[str, Tensor], Sequence[Tensor]], None],
 ) -> Iterator[set[int]]:
     """Take the norms of an operation as soon as a backward pass has its output's gradient.
 
@@ -229,17 +268,27 @@ def _on_the_way(
         The ids of those that the pass went through, and not up to only.
     """
     taken: set[int] = set()
+    passed: dict[int, dict[int, Tensor]] = {}
 
-    def hook(use: Use, own: dict[str, Tensor]) -> Callable[[Any], None]:
+    def hook(use: Use, own: dict[str, Tensor], place: int) -> Callable[[Any], None]:
         def run(grads: Any) -> None:
-            g = grads[use.edge.output_nr]
-            if g is not None:
+            g = grads[use.edges[place].output_nr]
+            if g is None:
+                return
+            found = passed.setdefault(id(use), {})
+            found[place] = g
+            if len(found) == len(use.edges):
                 taken.add(id(use))
-                take(use, own, g)
+                take(use, own, [found[n] for n in range(len(found))])
+                found.clear()
 
         return run
 
-    handles = [use.edge.node.register_prehook(hook(use, own)) for use, own in chosen]
+    handles = [
+        edge.node.register_prehook(hook(use, own, place))
+        for use, own in chosen
+        for place, edge in enumerate(use.edges)
+    ]
     try:
         yield taken
     finally:

@@ -18,6 +18,9 @@ from hesstrace_cli.failures import is_of_the_machine
 
 LogitsOf = Callable[[Tensor], Tensor]
 
+PART = 1 << 22
+"""Numbers that are compared at a time (16 MiB in float32)."""
+
 _ROUNDS = 3
 _TOLERANCE = {torch.float64: 1e-6}
 _COARSE = 1e-3  # of the largest logit: kernels round differently for batches of other sizes
@@ -53,8 +56,8 @@ def check_independence(logits_of: LogitsOf, X: Tensor, generator: Generator) -> 
             order = torch.randperm(len(X), generator=generator, device=X.device)
             half = len(X) // 2
             for kept in (order[:half], order[half:]):
-                _compare(logits_of, X[kept], logits[kept])
-        _compare(logits_of, X[:1], logits[:1])
+                _compare(logits_of, X, logits, kept)
+        _compare(logits_of, X, logits, order.new_zeros(1))
         check_others(logits_of, X, logits, generator)
     if X.is_floating_point():
         _check_slopes(logits_of, X, generator)
@@ -80,7 +83,7 @@ def check_others(logits_of: LogitsOf, X: Tensor, logits: Tensor, generator: Gene
     order = torch.cat([kept, kept[torch.randint(len(kept), (N - len(kept),), generator=generator,
                                                 device=X.device)]])  # fmt: skip
     order = order[torch.randperm(N, generator=generator, device=X.device)]
-    _compare(logits_of, X[order], logits[order])
+    _compare(logits_of, X, logits, order)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -88,20 +91,25 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _compare(logits_of: LogitsOf, X: Tensor, expected: Tensor) -> None:
+def _compare(logits_of: LogitsOf, X: Tensor, expected: Tensor, order: Tensor) -> None:
+    """Hold the logits of the examples in this order against those expected, some at a time."""
     try:
-        logits = logits_of(X)
+        logits = logits_of(X[order])
     except (RuntimeError, ValueError, IndexError, AssertionError) as problem:
         if is_of_the_machine(problem):
             raise
         raise MixedExamples("the model does not take the examples of a batch one by one") from None
-    if logits.shape != expected.shape:
+    if logits.shape != (len(order), *expected.shape[1:]):
         raise MixedExamples
-    size = expected.abs().nan_to_num(0, 0, 0).max()
+    at_once = max(1, PART // max(1, expected[:1].numel()))
+    parts = order.split(at_once)
+    size = torch.stack([expected[part].abs().nan_to_num(0, 0, 0).max() for part in parts]).max()
     tolerance = _TOLERANCE.get(expected.dtype, _COARSE) * size
-    same = (logits - expected).abs() <= tolerance
-    if not bool((same | (logits == expected) | (logits.isnan() & expected.isnan())).all()):
-        raise MixedExamples
+    for got, part in zip(logits.split(at_once), parts, strict=True):
+        own = expected[part]
+        same = (got - own).abs() <= tolerance
+        if not bool((same | (got == own) | (got.isnan() & own.isnan())).all()):
+            raise MixedExamples
 
 
 def _check_slopes(logits_of: LogitsOf, X: Tensor, generator: Generator) -> None:

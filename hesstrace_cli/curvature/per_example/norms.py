@@ -9,6 +9,7 @@ by example.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -26,58 +27,75 @@ from hesstrace_cli.failures import is_of_the_machine
 _POWERS = 16
 
 
-def check_layouts(logits: Tensor, uses: Sequence[Use]) -> dict[str, Layout]:
+def check_layouts(
+    outputs: Tensor, uses: Sequence[Use], examples: Tensor | None = None
+) -> dict[str, Layout]:
     """Find out which rows of every operation belong to which example, by two backward passes.
 
     In the second, every example's cotangent is multiplied by a power of 2, its own one where
     examples are few: so are, to the bit, the gradients of all rows that are its alone.
 
     Args:
-        logits: The outputs, shape (N, ...), with their graph.
+        outputs: Shape (N, ...), or what they are made of, with their graph.
         uses: Of `find_uses`.
+        examples: Of each row the example, from 0; they are the rows where it is None.
 
     Returns:
         The layout for each parameter name; those for which none is right are left out.
     """
     if not uses:
         return {}
-    N, device = len(logits), logits.device
+    device = outputs.device
+    N = len(outputs) if examples is None else int(examples.max()) + 1
     generator = Generator(device).manual_seed(0)
     scale = torch.exp2(torch.randperm(N, generator=generator, device=device) % _POWERS)
-    u = torch.randn(logits.shape, generator=generator, device=device).to(logits.dtype)
+    u = torch.randn(outputs.shape, generator=generator, device=device).to(outputs.dtype)
     scale = scale.to(u)
+    of_rows = column(scale if examples is None else scale[examples], u)
     layouts: dict[str, Layout] = {}
     for use, plain, scaled in zip(
-        uses, gradients(logits, uses, u), gradients(logits, uses, u * column(scale, u)), strict=True
+        uses, gradients(outputs, uses, u), gradients(outputs, uses, u * of_rows), strict=True
     ):
         for layout in (Layout(N), Layout(N, strided=True)):
-            if use.num_rows % N == 0 and _belong(use, plain, scaled, layout, scale):
+            fits = all(rows % N == 0 for rows in use.rows_at)
+            if fits and _belong(use, plain, scaled, layout, scale):
                 layouts |= dict.fromkeys(use.names.values(), layout)
                 break
     return layouts
 
 
-def _belong(use: Use, plain: Tensor, scaled: Tensor, layout: Layout, scale: Tensor) -> bool:
+def _belong(
+    use: Use, plain: Sequence[Tensor], scaled: Sequence[Tensor], layout: Layout, scale: Tensor
+) -> bool:
     """Whether every row of gradients is scaled by the factor of the example it should be of."""
 
-    def of_examples(g: Tensor) -> Tensor:
-        return layout.group(use.rows(g).reshape(use.num_rows, -1))  # (N, L, numbers in a row)
+    def of_examples(grads: Sequence[Tensor]) -> list[Tensor]:  # (N, L, numbers in a row)
+        rows = zip(use.rows(grads), use.rows_at, strict=True)
+        return [layout.group(g.reshape(num, -1)) for g, num in rows]
 
-    expected, got = scale[:, None, None] * of_examples(plain), of_examples(scaled)
-    return bool(((got - expected).norm(dim=2) <= 1e-3 * got.norm(dim=2)).all())
+    return all(
+        bool(((got - scale[:, None, None] * g).norm(dim=2) <= 1e-3 * got.norm(dim=2)).all())
+        for g, got in zip(of_examples(plain), of_examples(scaled), strict=True)
+    )
 
 
-def gradients(logits: Tensor, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
-    """The gradients of the outputs of operations; the graph is kept."""
-    edges = [use.edge for use in uses]
+def gradients(
+    outputs: Tensor, uses: Sequence[Use], cotangent: Tensor, *, create_graph: bool = False
+) -> list[list[Tensor]]:
+    """The gradients of the outputs of each use's operations; the graph is kept."""
+    edges = [edge for use in uses for edge in use.edges]
     if not edges:
         return []
-    return list(torch.autograd.grad(
-        logits, edges, cotangent, retain_graph=True, materialize_grads=True
+    grads = iter(torch.autograd.grad(
+        outputs, edges, cotangent, retain_graph=True, create_graph=create_graph,
+        materialize_grads=True,
     ))  # fmt: skip
+    return [list(itertools.islice(grads, len(use.edges))) for use in uses]
 
 
-def rule_norms(uses: Sequence[Use], grads: Sequence[Tensor], layouts: dict[str, Layout]) -> Norms:
+def rule_norms(
+    uses: Sequence[Use], grads: Sequence[Sequence[Tensor]], layouts: dict[str, Layout]
+) -> Norms:
     """||J_it^T u_i||^2 for every example i and every parameter tensor t that has a rule.
 
     Args:
@@ -90,7 +108,7 @@ def rule_norms(uses: Sequence[Use], grads: Sequence[Tensor], layouts: dict[str, 
     """
     result: Norms = {}
     for use, g in zip(uses, grads, strict=True):
-        with torch.set_grad_enabled(g.requires_grad):
+        with torch.set_grad_enabled(g[0].requires_grad):
             result |= use.squares(g, layouts[next(iter(use.names.values()))])
     return result
 

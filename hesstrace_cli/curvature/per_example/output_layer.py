@@ -49,17 +49,17 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
         ||h_m||^2 of each of the N T terms, counted or not, by the weight's name, 1 by the bias's;
         nothing where there is no such layer.
     """
-    uses = [use for use in uses if not use.users]
+    uses = [use for use in uses if not use.users and len(use.nodes) == 1]
     if outputs.dim() == 2:  # one term a row, so that nothing needs to be found out
-        own = next((u for u in uses if u.node is _without_cast(outputs.grad_fn)), None)
-        if own is not None and operation(own.node) in ("Addmm", "Mm"):
+        own = next((u for u in uses if u.nodes[0] is _without_cast(outputs.grad_fn)), None)
+        if own is not None and operation(own.nodes[0]) in ("Addmm", "Mm"):
             return _of_rows(own, outputs)
     terms = task.term_numbers(outputs) + 1  # 0 is of none
     if terms.numel() == 0 or int(terms.max()) > 1 / torch.finfo(outputs.dtype).eps:
         return {}
     found: Norms = {}
     last = list(_last_uses(outputs, uses))
-    for use, g in zip(last, gradients(outputs, last, terms.to(outputs.dtype)), strict=True):
+    for use, (g,) in zip(last, gradients(outputs, last, terms.to(outputs.dtype)), strict=True):
         rows = _rows(use, g).long()
         place = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
         row_of = place.new_zeros(int(terms.max()) + 1)
@@ -67,12 +67,12 @@ def output_layer(outputs: Tensor, uses: Sequence[Use], params: Params, task: Tas
         if not bool(((row_of[rows] == place) | (rows == 0)).all()):  # a term has several rows
             continue
         for role, name in use.names.items():
-            if operation(use.node) == "Add":
+            if operation(use.nodes[0]) == "Add":
                 if params[name].numel() == rows.shape[1]:  # an entry for each number of a row
                     found[name] = torch.ones_like(row_of[1:], dtype=outputs.dtype)
             elif role == "bias":
                 found[name] = torch.ones_like(row_of[1:], dtype=outputs.dtype)
-            elif (squares := _squares(use.node)) is not None:
+            elif (squares := _squares(use.nodes[0])) is not None:
                 found[name] = squares[row_of[1:]]
     return found
 
@@ -83,14 +83,14 @@ def _without_cast(node: Any) -> Any:
 
 def _of_rows(use: Use, outputs: Tensor) -> Norms:
     squares = {
-        "weight": _squares(use.node), "bias": torch.ones_like(outputs[:, 0].detach())
+        "weight": _squares(use.nodes[0]), "bias": torch.ones_like(outputs[:, 0].detach())
     }  # fmt: skip
     return {name: s for role, name in use.names.items() if (s := squares[role]) is not None}
 
 
 def _last_uses(outputs: Tensor, uses: Sequence[Use]) -> Iterator[Use]:
     """Those between which and the outputs numbers are only moved: a layer, and a bias added."""
-    by_node = {use.node: use for use in uses}
+    by_node = {use.nodes[0]: use for use in uses}
     node: Any = outputs.grad_fn
     while (node := with_weights(node)) is not None:
         use = by_node.get(node)
@@ -101,14 +101,14 @@ def _last_uses(outputs: Tensor, uses: Sequence[Use]) -> Iterator[Use]:
             return
         if operation(node) in ("Addmm", "Mm", "Add", *CONVOLUTIONS):
             yield use
-        node = _without_bias(node)
+        node = without_bias(node)
 
 
 def _groups(node: Any) -> int:
     return kernel_of(node).groups if operation(node) in CONVOLUTIONS else 1
 
 
-def _without_bias(node: Any) -> Any:
+def without_bias(node: Any) -> Any:
     """What a parameter is added to, if it is all that is added."""
     if operation(node) != "Add" or node._saved_alpha != 1:
         return None
@@ -119,9 +119,9 @@ def _without_bias(node: Any) -> Any:
 
 def _rows(use: Use, g: Tensor) -> Tensor:
     """A row for each h, of the numbers that it gives."""
-    if operation(use.node) in CONVOLUTIONS:
+    if operation(use.nodes[0]) in CONVOLUTIONS:
         return g.movedim(1, -1).flatten(0, -2)
-    return use.rows(g).flatten(1)
+    return use.rows([g])[0].flatten(1)
 
 
 def _squares(node: Any) -> Tensor | None:

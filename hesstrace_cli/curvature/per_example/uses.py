@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,49 +15,67 @@ from hesstrace_cli.autodiff.layer_calls import LayerCall, calls_at
 from hesstrace_cli.curvature.per_example.linearity import operation
 from hesstrace_cli.curvature.per_example.registry import FUNCTION_RULES, NAMES, ROLES, RULES
 from hesstrace_cli.curvature.per_example.rules.broadcast import broadcast, lead
-from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms, NormsOf, output_shape
+from hesstrace_cli.curvature.per_example.rules.layout import (
+    JointNormsOf,
+    Layout,
+    Norms,
+    NormsOf,
+    output_shape,
+)
 from hesstrace_cli.curvature.per_example.rules.operands import with_weights
+from hesstrace_cli.curvature.per_example.rules.shared import Shared, shared_rule, takes_rows
 from hesstrace_cli.curvature.per_example.users_rules import rule_of_function, rule_of_layer
 
 Seen = Callable[[Tensor], Tensor]
-"""What is done with a parameter, of which no number changes, before an operation takes it."""
+"""What is done with a parameter, whose numbers are moved or left out, before an operation."""
 
 
 @dataclass
 class Use:
-    """An operation with parameters among its operands that are used nowhere else.
+    """An operation, or several, with parameters among their operands that are used nowhere else.
 
     Attributes:
-        node: Of the graph.
-        edge: Where its output's gradient g is read off.
+        nodes: Of the graph.
+        edges: Where their outputs' gradients g are read off.
         names: The names, by role, of those parameters.
-        num_rows: R.
-        norms: From the rows (R, ...) of g, their layout and what scales the entries of a gradient
-            to squared norms (N,), by role.
-        flatten: How many of g's leading dimensions make up the rows.
+        rows_at: R of each, how many rows g has.
+        norms: From the rows (R, ...) of each g, their layout and what scales the entries of a
+            gradient to squared norms (N,), by role.
+        flatten: How many of each g's leading dimensions make up the rows.
         seen: By role how the operation sees a parameter, as its transpose or in another shape.
         users: What a user's rule is of, as "layer Scale"; nothing where the rule is built in.
+        shared: Of several operations what they have of the weight; None of one.
     """
 
-    node: Any
-    edge: GradientEdge
+    nodes: tuple[Any, ...]
+    edges: tuple[GradientEdge, ...]
     names: dict[str, str]
-    num_rows: int
-    norms: NormsOf
-    flatten: int = 1
+    rows_at: tuple[int, ...]
+    norms: JointNormsOf
+    flatten: tuple[int, ...] = (1,)
     seen: Mapping[str, Seen] = field(default_factory=dict)
     users: str = ""
+    shared: Shared | None = None
 
     @property
     def kind(self) -> str:
         """What has the rule."""
-        return self.users or NAMES[operation(self.node)]
+        if self.shared is not None:
+            return self.shared.kind
+        return self.users or NAMES[operation(self.nodes[0])]
 
-    def squares(self, g: Tensor, layout: Layout, scales: Params | None = None) -> Norms:
+    @property
+    def takes_entries(self) -> bool:
+        """Whether the entries of a gradient may be scaled one by one, without making it."""
+        return self.shared is None or not self.shared.is_tied
+
+    def squares(
+        self, grads: Sequence[Tensor], layout: Layout, scales: Params | None = None
+    ) -> Norms:
         """||s J_i^T u_i||^2 of every example, (N,) by name.
 
         Args:
-            g: The gradient of the operation's output.
+            grads: The gradient of each operation's output.
             layout: Of its rows.
             scales: s by name, 0-dim or of the parameter's shape, those that are wanted; 1 for all
                 where it is None.
@@ -69,19 +87,22 @@ class Use:
         for role, name in wanted:
             scale = None if scales is None else scales[name]
             own[role] = None if scale is None or not scale.dim() else self.seen[role](scale)
-        norms = self.norms(self.rows(g), layout, own)
+        norms = self.norms(self.rows(grads), layout, own)
         result = {name: norms[role] for role, name in wanted}
         if scales is None:
             return result
         return {n: v if scales[n].dim() else v * scales[n].square() for n, v in result.items()}
 
-    def rows(self, g: Tensor) -> Tensor:
-        """G as rows (R, ...)."""
-        return g.flatten(0, self.flatten - 1)
+    def rows(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Each g as rows (R, ...)."""
+        return [g.flatten(0, n - 1) for g, n in zip(grads, self.flatten, strict=True)]
 
 
 def find_uses(logits: Tensor, params: Params) -> list[Use]:
-    """The operations of a forward pass whose parameters have a rule and are used once.
+    """The operations of a forward pass whose parameters have a rule.
+
+    Of what is used more than once these are linear layers, as over time in a recurrent one, and
+    embeddings tied to linear layers.
 
     Args:
         logits: The output of the pass, with the graph that it has recorded.
@@ -93,7 +114,9 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
     consumers: dict[str, list[tuple[Any, int]]] = {name: [] for name in params}
     calls: list[tuple[Any, LayerCall]] = []
     outer: dict[Any, Any] = {}  # what has the output of a node, where it is another
-    for node in topological(logits):
+    nodes = list(topological(logits))
+    takers = _takers(nodes)
+    for node in nodes:
         calls += ((node, call) for call in calls_at(node))
         if hasattr(node, "variable"):
             if id(node.variable) in names:
@@ -103,29 +126,68 @@ def find_uses(logits: Tensor, params: Params) -> list[Use]:
         inputs = [following for following, _ in node.next_functions]
         if with_weights(node) is not node:
             outer[with_weights(node)] = node
-        if inputs and inputs[0] in leaf_of and operation(node) in _SEEN:
+        kind = operation(node)
+        is_seen = _is_of_places(node, takers) if kind == "Embedding" else kind in _SEEN
+        if inputs and inputs[0] in leaf_of and is_seen:
             leaf_of[node] = leaf_of[inputs[0]]
-            seen[node] = _after(seen[inputs[0]], _SEEN[operation(node)](node))
+            seen[node] = _after(seen[inputs[0]], _SEEN[kind](node))
             continue
         for place, following in enumerate(inputs):
             if following in leaf_of:
                 consumers[leaf_of[following]].append((node, place))
     found = list(_of_layers(calls, names, consumers))
     done = {name for use in found for name in use.names.values()}
-    roles: dict[Any, dict[str, str]] = {}
+    roles: dict[tuple[Any, ...], dict[str, str]] = {}
     for name, places in consumers.items():
-        if len(places) == 1 and name not in done:
-            node, place = places[0]
-            role = str(place) if _is_users(node) else ROLES.get(operation(node), {}).get(place)
-            if role is not None:
-                roles.setdefault(node, {}).setdefault(role, name)
-    uses = (
-        _use_of_function(node, own, seen)
-        if _is_users(node)
-        else _use(node, own, seen, outer.get(node, node))
-        for node, own in roles.items()
-    )
-    return found + [use for use in uses if use is not None]
+        role = None if not places or name in done else _role(places)
+        if role is not None:
+            roles.setdefault(tuple(node for node, _ in places), {}).setdefault(role, name)
+    for takers_of, own in roles.items():
+        node = takers_of[0]
+        if len(takers_of) > 1:
+            use = _shared(takers_of, own, seen, params)
+        elif _is_users(node):
+            use = _use_of_function(node, own, seen)
+        else:
+            use = _use(node, own, seen, outer.get(node, node))
+        if use is not None:
+            found.append(use)
+    return found
+
+
+def _role(places: Sequence[tuple[Any, int]]) -> str | None:
+    """The one role that a parameter has in the operations that take it."""
+    if len({node for node, _ in places}) < len(places):
+        return None
+    roles = {
+        str(place) if _is_users(node) else ROLES.get(operation(node), {}).get(place)
+        for node, place in places
+    }
+    return roles.pop() if len(roles) == 1 else None
+
+
+def _shared(
+    nodes: tuple[Any, ...], names: dict[str, str], seen: Mapping[Any, Seen], params: Params
+) -> Use | None:
+    """A weight, with the bias that always goes with it, in several operations."""
+    if not (takes_rows(nodes) and names.keys() <= {"weight", "bias"}):
+        return None
+    views = []
+    for node in nodes:
+        for place, role in ROLES[operation(node)].items():
+            following = node.next_functions[place][0]
+            if role in names and following in seen:
+                p = params[names[role]].detach()
+                views.append((role, node, seen[following](p), p))
+    rule = shared_rule(nodes, views)
+    if rule is None:
+        return None
+    flatten = tuple(_num_leading(node) for node in nodes)
+    return Use(
+        nodes, tuple(GradientEdge(node, 0) for node in nodes), names,
+        tuple(math.prod(output_shape(n)[:lead]) for n, lead in zip(nodes, flatten, strict=True)),
+        rule.norms, flatten, dict.fromkeys(names, _as_it_is), shared=rule,
+    )  # fmt: skip
 
 
 def _is_users(node: Any) -> bool:
@@ -149,7 +211,12 @@ def _of_layers(
             done |= set(own.values())
             kind, norms = rule_of_layer(call)
             seen = dict.fromkeys(own, _as_it_is)
-            yield Use(node, GradientEdge(node, call.place), own, shape[0], norms, 1, seen, kind)
+            edge = GradientEdge(node, call.place)
+            yield Use((node,), (edge,), own, (shape[0],), _of_one(norms), (1,), seen, kind)
+
+
+def _of_one(norms: NormsOf) -> JointNormsOf:
+    return lambda rows, layout, scales: norms(rows[0], layout, scales)
 
 
 def _use_of_function(node: Any, names: dict[str, str], seen: Mapping[Any, Seen]) -> Use | None:
@@ -160,7 +227,8 @@ def _use_of_function(node: Any, names: dict[str, str], seen: Mapping[Any, Seen])
         return None
     kind, norms = found
     own = {role: seen[node.next_functions[int(role)][0]] for role in names}
-    return Use(node, GradientEdge(node, 0), names, shape[0], norms, 1, own, kind)
+    edge = GradientEdge(node, 0)
+    return Use((node,), (edge,), names, (shape[0],), _of_one(norms), (1,), own, kind)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -169,6 +237,38 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _after(first: Seen, then: Seen) -> Seen:
     return lambda tensor: then(first(tensor))
+
+
+def _takers(nodes: Sequence[Any]) -> dict[Any, list[Any]]:
+    """What takes the output of each operation."""
+    takers: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            takers.setdefault(following, []).append(node)
+    return takers
+
+
+def _is_of_places(node: Any, takers: Mapping[Any, Sequence[Any]]) -> bool:
+    """Whether an embedding's rows, all different ones, are added to every example's alike."""
+    own = takers.get(node, ())
+    if operation(node) != "Embedding" or len(own) != 1 or operation(own[0]) != "Add":
+        return False
+    indices, padding = node._saved_indices.flatten(), node._saved_padding_idx
+    is_broadcast = math.prod(output_shape(own[0])) > math.prod(output_shape(node))
+    if not is_broadcast or node._saved_scale_grad_by_freq or bool((indices == padding).any()):
+        return False
+    return len(indices.unique()) == len(indices)
+
+
+def _as_rows(node: Any) -> Seen:
+    indices = node._saved_indices
+    return lambda tensor: tensor[indices]
+
+
+def _as_slice(node: Any) -> Seen:
+    own = slice(node._saved_start, node._saved_end, node._saved_step)
+    index = (*(slice(None) for _ in range(node._saved_dim)), own)
+    return lambda tensor: tensor[index]
 
 
 def _as_view(node: Any) -> Seen:
@@ -182,6 +282,9 @@ _SEEN: dict[str, Callable[[Any], Seen]] = {
     "View": _as_view,
     "Unsqueeze": _as_view,
     "ReshapeAlias": _as_view,
+    # Of the entries left out the gradient is 0:
+    "Slice": _as_slice,
+    "Embedding": _as_rows,
 }
 
 
@@ -200,15 +303,22 @@ def _use(node: Any, names: dict[str, str], seen: Mapping[Any, Seen], outer: Any)
         norms = broadcast(node, place, operand) if flatten else None
     if norms is None:
         return None
-    shape = output_shape(node)
-    if kind in ("NativeLayerNorm", "Embedding"):
-        flatten = len(shape) - (1 if kind == "Embedding" else len(node._saved_normalized_shape))
-    num_rows = math.prod(shape[:flatten])
+    if kind in RULES:
+        flatten = _num_leading(node)
+    num_rows = math.prod(output_shape(node)[:flatten])
     own = {
         role: seen[node.next_functions[place][0]] for place, role in ROLES[kind].items()
         if role in names and node.next_functions[place][0] in seen
     }  # fmt: skip
-    return Use(node, GradientEdge(outer, 0), names, num_rows, norms, flatten, own)
+    edge = GradientEdge(outer, 0)
+    return Use((node,), (edge,), names, (num_rows,), _of_one(norms), (flatten,), own)
+
+
+def _num_leading(node: Any) -> int:
+    """How many dimensions of the output of an operation with a rule make up its rows."""
+    if operation(node) == "NativeLayerNorm":
+        return len(output_shape(node)) - len(node._saved_normalized_shape)
+    return len(output_shape(node)) - 1 if operation(node) == "Embedding" else 1
 
 
 def _shape_at(node: Any, place: int) -> list[int]:

@@ -10,16 +10,18 @@ blocks of a linear output layer need neither (`output_layer`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from hesstrace_cli.autodiff.calls import native_outputs
-from hesstrace_cli.autodiff.graph import gradient
+from hesstrace_cli.autodiff.graph import Params, gradient
 from hesstrace_cli.curvature.detached import CutWatch, check_attached
 from hesstrace_cli.curvature.hessian import hvp
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example.head import Head, find_head, in_parts, parts_of
 from hesstrace_cli.curvature.per_example.independence import Unfit, check_independence, check_others
 from hesstrace_cli.curvature.per_example.linearity import why_not_linear
 from hesstrace_cli.curvature.per_example.norms import (
@@ -30,7 +32,7 @@ from hesstrace_cli.curvature.per_example.norms import (
 )
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
 from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms, output_shape
-from hesstrace_cli.curvature.per_example.uses import find_uses
+from hesstrace_cli.curvature.per_example.uses import Use, find_uses
 from hesstrace_cli.curvature.probes import rademacher
 
 
@@ -68,30 +70,32 @@ class PerExampleTrace:
     def __init__(self, objective: Objective, X: Tensor, *, linear: bool = False) -> None:
         self.objective = objective
         self.linear = linear
-        self._examined: dict[tuple[int, int], dict[str, Layout]] = {}
+        self._examined: dict[tuple[tuple[int, int], bool], dict[str, Layout]] = {}
         check_independence(self._outputs, X, Generator(X.device).manual_seed(0))
-        found = self._outputs(X)
-        self._check_linear(found)
-        uses = find_uses(found, objective.params)
-        self._layouts = check_layouts(found, uses)
-        closed = output_layer(found, uses, objective.params, objective.task)
-        self.is_closed = closed.keys() == objective.params.keys()
+        found = self._found(self._outputs(X))
+        self._check_linear(found.outputs)
+        self._layouts = found.layouts(apart=False)
+        self.is_closed = found.squares().keys() == objective.params.keys()
         self._by_row = {  # those with a row an example
-            name for use in uses if use.num_rows == len(X) > 1
+            name for use in found.uses if use.rows_at == (len(X),) and len(X) > 1
             for name in use.names.values() if name in self._layouts
         }  # fmt: skip
-        outputs = sum(math.prod(output_shape(use.node)) for use in uses)
-        self._at_once = max(1, ACTIVATIONS * len(X) // max(1, outputs))
+        made = sum(math.prod(output_shape(node)) for use in found.uses for node in use.nodes)
+        self._at_once = max(1, ACTIVATIONS * len(X) // max(1, made))
 
     def _outputs(self, X: Tensor) -> Tensor:
         # The model's own operations: their first derivatives, all that is needed, are right.
         return native_outputs(self.objective.model, X)
 
-    def _watched(self, X: Tensor) -> tuple[Tensor, bool]:
-        """The outputs, and whether a value that was taken off the graph is used for them."""
+    def _watched(self, X: Tensor) -> tuple[_Found, bool]:
+        """A pass, and whether a value that was taken off the graph is used for its outputs."""
         with CutWatch() as watch:
             outputs = self._outputs(X)
-        return outputs, watch.found
+        return self._found(outputs), watch.found
+
+    def _found(self, outputs: Tensor) -> _Found:
+        uses = find_uses(outputs, self.objective.params)
+        return _Found(self.objective, outputs, uses, find_head(outputs, uses, self.objective.task))
 
     def _check_linear(self, outputs: Tensor) -> None:
         problem = why_not_linear(outputs, self.objective.params) if self.linear else None
@@ -118,30 +122,16 @@ class PerExampleTrace:
             yield X_part, y_part, None if number is None else (number, index)
 
     def _exact(self, X: Tensor, y: Tensor, key: tuple[int, int] | None) -> Tensor:
-        outputs, is_cut = self._watched(X)
-        layouts = self._examine(X, key, outputs, is_cut)
-        closed = self._closed(outputs, y)
+        found, is_cut = self._watched(X)
+        layouts = self._examine(X, key, found, is_cut)
+        closed = found.closed(y)
         total = self._stacked(closed, len(X))
         if closed.keys() == self.objective.params.keys():
             return total
-        cotangents = self.objective.task.columns(outputs.detach(), y)
+        cotangents = self.objective.task.columns(found.outputs.detach(), y)
         if not len(cotangents):  # a softmax of one class is constant
             return total
-        return total + self._blocks(X, outputs, cotangents, layouts, closed).sum(0)
-
-    def _closed(self, outputs: Tensor, y: Tensor) -> Norms:
-        """Each example's part of the output layer's blocks, (N,) by name."""
-        objective = self.objective
-        uses = find_uses(outputs, objective.params)
-        squares = output_layer(outputs, uses, objective.params, objective.task)
-        traces = objective.task.curvature_traces(outputs.detach(), y).flatten()
-        return {n: (s * traces).reshape(len(outputs), -1).sum(1) for n, s in squares.items()}
-
-    def _stacked(self, norms: Norms, num_examples: int) -> Tensor:
-        """By parameter in the last dimension, 0 for those that are not in it: (N, T)."""
-        params = self.objective.params
-        zeros = next(iter(params.values())).new_zeros(num_examples)
-        return torch.stack([norms.get(n, zeros).detach() for n in params], -1).double()
+        return total + self._blocks(X, found, cotangents, layouts, closed).sum(0)
 
     def sample(
         self, X: Tensor, y: Tensor, num_samples: int, generator: Generator,
@@ -150,22 +140,69 @@ class PerExampleTrace:
         """Unbiased samples of them, shape (num_samples, N, T), a backward pass each."""
         parts = []
         for X_part, y_part, key in self._parts(X, y, number):
-            outputs, is_cut = self._watched(X_part)
-            layouts = self._examine(X_part, key, outputs, is_cut)
-            at, closed = outputs.detach(), self._closed(outputs, y_part)
+            found, is_cut = self._watched(X_part)
+            apart = self._examine(X_part, key, found, is_cut, apart=True)
+            if found.head is not None and (
+                found.head.tied is None or found.head.tied_name in apart
+            ):
+                parts.append(
+                    self._below(found, found.head, apart, X_part, y_part, num_samples, generator)
+                )
+                continue
+            layouts = apart if found.head is None else found.layouts(apart=False)
+            at, closed = found.outputs.detach(), found.closed(y_part)
             signs = rademacher(at.expand(num_samples, *at.shape), generator=generator)
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
-            own = self._blocks(X_part, outputs, torch.stack(cotangents), layouts, closed)
+            own = self._blocks(X_part, found, torch.stack(cotangents), layouts, closed)
             parts.append(own + self._stacked(closed, len(X_part)))
         return torch.cat(parts, 1)
 
+    def _below(
+        self, found: _Found, head: Head, layouts: dict[str, Layout], X: Tensor, y: Tensor,
+        num_samples: int, generator: Generator,
+    ) -> Tensor:  # fmt: skip
+        """The samples where the output layer is taken apart: no signs of all examples at once."""
+        at = head.outputs.detach()
+        traces = in_parts(lambda f, _, t: head.task.curvature_traces(f, t), at, None, y)
+        closed = head.closed(traces)
+
+        def signs(part: slice) -> Tensor:
+            return rademacher(at[part], generator=generator)
+
+        tied = None if head.tied is None else layouts[head.tied_name]
+        uses = [use for use in head.below(found.uses) if layouts.keys() >= set(use.names.values())]
+        rows = []
+        for _ in range(num_samples):
+            with torch.no_grad():
+                u, words = head.pulled(y, signs, tied)
+            each = [*uses, *words]
+            rows.append(rule_norms(each, gradients(head.hidden, each, u), layouts))
+        norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        rest = {n: p for n, p in self.objective.params.items() if n not in norms | closed}
+        if rest:
+            norms |= self._differentiated(rest, X, y, num_samples, generator)
+        return self._stacked(norms, num_samples, len(X)) + self._stacked(closed, len(X))
+
+    def _differentiated(
+        self, rest: Params, X: Tensor, y: Tensor, num_samples: int, generator: Generator
+    ) -> Norms:
+        """What has no rule, some examples at a time."""
+        task, outputs_of, pieces = self.objective.task, self.objective.outputs, []
+        size = parts_of(self._outputs(X[:1]))
+        for X_part, y_part in zip(X.split(size), y.split(size), strict=True):
+            at = self._outputs(X_part).detach()
+            signs = (rademacher(at, generator=generator) for _ in range(num_samples))
+            cotangents = torch.stack([task.root(at, y_part, e) for e in signs])
+            pieces.append(differentiated_norms(outputs_of, rest, X_part, cotangents))
+        return {name: torch.cat([piece[name] for piece in pieces], 1) for name in rest}
+
     def _blocks(
-        self, X: Tensor, outputs: Tensor, cotangents: Tensor, layouts: dict[str, Layout],
+        self, X: Tensor, found: _Found, cotangents: Tensor, layouts: dict[str, Layout],
         closed: Norms,
     ) -> Tensor:  # fmt: skip
         """The squared norms for each cotangent, (K, N, T); 0 for the blocks in closed form."""
-        objective = self.objective
-        uses = find_uses(outputs, {n: p for n, p in objective.params.items() if n not in closed})
+        objective, outputs = self.objective, found.outputs
+        uses = [use for use in found.uses if closed.keys().isdisjoint(use.names.values())]
         uses = [use for use in uses if layouts.keys() >= set(use.names.values())]
         rows = [rule_norms(uses, gradients(outputs, uses, u), layouts) for u in cotangents]
         norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -173,34 +210,87 @@ class PerExampleTrace:
         rest = {name: p for name, p in objective.params.items() if name not in done}
         if rest:
             norms |= differentiated_norms(objective.outputs, rest, X, cotangents)
-        zeros = cotangents.new_zeros(cotangents.shape[:2])
-        return torch.stack([norms.get(n, zeros).detach() for n in objective.params], -1).double()
+        return self._stacked(norms, *cotangents.shape[:2])
+
+    def _stacked(self, norms: Norms, *shape: int) -> Tensor:
+        """By parameter in the last dimension, 0 for those that are not in it: (..., T)."""
+        params = self.objective.params
+        zeros = next(iter(params.values())).new_zeros(shape)
+        return torch.stack([norms.get(n, zeros).detach() for n in params], -1).double()
 
     def _examine(
-        self, X: Tensor, key: tuple[int, int] | None, outputs: Tensor, is_cut: bool
-    ) -> dict[str, Layout]:
-        """The layouts of a batch, once it is known to fit."""
-        if key in self._examined:
-            return self._examined[key]
+        self, X: Tensor, key: tuple[int, int] | None, found: _Found, is_cut: bool, *,
+        apart: bool = False,
+    ) -> dict[str, Layout]:  # fmt: skip
+        """The layouts of a batch, once it is known to fit; see `_Found.layouts`."""
+        if key is not None and (key, apart) in self._examined:
+            return self._examined[key, apart]
         try:
-            check_others(self._outputs, X, outputs.detach(), Generator(X.device).manual_seed(0))
-            self._check_linear(outputs)
+            check_others(
+                self._outputs, X, found.outputs.detach(), Generator(X.device).manual_seed(0)
+            )
+            self._check_linear(found.outputs)
             if is_cut:
                 check_attached(self.objective, X)
         except Unfit as problem:
             if key is None:
                 raise
             raise type(problem)(f"{problem} (in batch {key[0] + 1})") from None
-        uses = find_uses(outputs, self.objective.params)
         certain = {
-            name: Layout(len(X)) for use in uses for name in use.names.values()
-            if use.num_rows == len(X) and name in self._by_row
+            name: Layout(len(X)) for use in found.uses for name in use.names.values()
+            if use.rows_at == (len(X),) and name in self._by_row
         }  # fmt: skip
-        doubtful = [use for use in uses if not certain.keys() >= set(use.names.values())]
-        layouts = certain | check_layouts(outputs, doubtful)
+        layouts = certain | found.layouts(apart=apart, but=certain.keys())
         if key is not None:
-            self._examined[key] = layouts
+            self._examined[key, apart] = layouts
         return layouts
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A forward pass and what has rules in it.
+
+    Attributes:
+        objective: The mean loss.
+        outputs: With their graph.
+        uses: Of `find_uses`.
+        head: Of `find_head`.
+    """
+
+    objective: Objective
+    outputs: Tensor
+    uses: Sequence[Use]
+    head: Head | None
+
+    def squares(self) -> Norms:
+        """The output layer's ||h||^2 of every term by name, as `output_layer`."""
+        if self.head is not None:
+            return self.head.squares()
+        return output_layer(self.outputs, self.uses, self.objective.params, self.objective.task)
+
+    def closed(self, y: Tensor) -> Norms:
+        """Each example's part of the output layer's blocks, (N,) by name."""
+        squares = self.squares()
+        if not squares:
+            return {}
+        task, at = self.objective.task, self.outputs.detach()
+        traces = in_parts(lambda f, _, t: task.curvature_traces(f, t), at, None, y).flatten()
+        return {n: (s * traces).reshape(len(at), -1).sum(1) for n, s in squares.items()}
+
+    def layouts(self, *, apart: bool, but: Collection[str] = ()) -> dict[str, Layout]:
+        """Which rows belong to which example, by name.
+
+        Args:
+            apart: Whether those of the output layer are not asked for, of which a tied weight's
+                may be others; they cost most.
+            but: Names that need not be looked at.
+        """
+        if not apart or self.head is None:
+            uses = [use for use in self.uses if not set(but) >= set(use.names.values())]
+            return check_layouts(self.outputs, uses)
+        uses = [*self.head.below(self.uses), *self.head.embeddings()]
+        uses = [use for use in uses if not set(but) >= set(use.names.values())]
+        return check_layouts(self.head.hidden, uses, self.head.examples)
 
 
 def hessian_diagonal_traces(objective: Objective, X: Tensor, y: Tensor) -> Tensor:

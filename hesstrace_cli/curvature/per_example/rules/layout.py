@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Layout:
 Scales = Mapping[str, Tensor | None]
 """The roles whose norms are wanted, and what multiplies each entry of a gradient first, if any."""
 NormsOf = Callable[[Tensor, Layout, Scales], Norms]
+JointNormsOf = Callable[[Sequence[Tensor], Layout, Scales], Norms]
+"""The same of several operations that share their parameters."""
 
 
 Rows = Callable[[Tensor], Tensor]
