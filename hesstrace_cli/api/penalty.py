@@ -39,6 +39,7 @@ from hesstrace_cli.errors import ConfigError, DataError, DerivativeError, ModelE
 from hesstrace_cli.randomness import random_state_kept, stream_generator
 from hesstrace_cli.regularizers import Part, Setting, Step
 from hesstrace_cli.regularizers.trace import TraceRegularizer
+from hesstrace_cli.regularizers.trace_held import HeldTraceRegularizer
 from hesstrace_cli.tasks import Task
 
 _TRIED = 16  # examples in double precision; times as many where these prove nothing:
@@ -92,6 +93,8 @@ class TracePenalty:
         num_probes: Samples a step.
         penalty_examples: Share of the batch that the penalty is taken of, in (0, 1]; below 1 by
             `loss` alone, as it takes a forward pass of its own.
+        hold_logit_curvature: Of tr(G): whether A, the curvature of the loss in the outputs, counts
+            as constant, so that the penalty is lowered by the Jacobian alone (`trace-held`).
         every: Add the penalty on every k-th step only.
         warmup_steps: Steps over which the strength rises from 0.
         generator: Its seed names the streams that every step draws from, as `--seed` does; it is
@@ -123,6 +126,7 @@ class TracePenalty:
         keep_prob: float = 0.5,
         num_probes: int = 1,
         penalty_examples: float = 1.0,
+        hold_logit_curvature: bool = False,
         every: int = 1,
         warmup_steps: int = 0,
         generator: Generator | None = None,
@@ -131,6 +135,9 @@ class TracePenalty:
             raise ConfigError(f"strength is {shortened(strength)}, expected a number from 0")
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ConfigError(f"warmup_steps is {warmup_steps!r}, expected a whole number from 0")
+        if hold_logit_curvature and curvature == "hessian":
+            raise ConfigError("hold_logit_curvature is of tr(G), and curvature is 'hessian'; leave "
+                              "one of them out")  # fmt: skip
         if generator is not None and not isinstance(generator, Generator):
             raise ConfigError(f"generator is {generator!r}, expected a torch.Generator or None")
         self.model, self._inner = model, unwrapped(model)
@@ -146,7 +153,8 @@ class TracePenalty:
             "warmup": 1.0 if warmup_steps else 0.0,
         }  # fmt: skip
         self._strength = float(strength)
-        self._regularizer = TraceRegularizer(self._strength, TrainConfig(**self._settings))
+        self._kind = HeldTraceRegularizer if hold_logit_curvature else TraceRegularizer
+        self._regularizer = self._kind(self._strength, TrainConfig(**self._settings))
         self._parallel: Parallel = parallel_of(model)
         self._watch = InputsWatch(self._inner)
         self._prepared_for: list[str] | None = None
@@ -322,7 +330,7 @@ class TracePenalty:
                 check_fit(self.task, each, y, type(model).__name__)
             objective = Objective(model, trainable(model), self.task)
             setting = Setting(objective, X, y, _TRIED, self.task.width(native), 0, ALONE)
-            self._regularizer = TraceRegularizer(
+            self._regularizer = self._kind(
                 self._strength, TrainConfig(**self._settings, precision=_precision(X.device))
             )
             self._regularizer.prepare(setting)

@@ -65,12 +65,13 @@ def warn_of_unused(settings: TrainConfig, names: Collection[str]) -> None:
     def changed(*names: str) -> list[str]:
         return [n for n in names if getattr(settings, n) != getattr(default, n)]
 
-    reasons = [
-        (changed(*declared.settings), f"--reg has no {name}")
-        for name, declared in REGULARIZERS.items()
-        if name not in names
-    ]
-    if "trace" in names and settings.estimator == "hutchinson":
+    taken = {s for name in names if name in REGULARIZERS for s in REGULARIZERS[name].settings}
+    reasons = []
+    for name, declared in REGULARIZERS.items():
+        reasons.append((changed(*(s for s in declared.settings if s not in taken)),
+                        f"--reg has no {name}"))  # fmt: skip
+        taken |= set(declared.settings)  # once, where several have them
+    if {"trace", "trace-held"} & set(names) and settings.estimator == "hutchinson":
         reasons.append((changed("dropout_scheme", "keep_prob"), "--estimator is hutchinson"))
     if settings.optimizer == "adamw":
         reasons.append((changed("momentum"), "--optimizer is adamw"))

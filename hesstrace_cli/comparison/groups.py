@@ -56,7 +56,7 @@ def _described(run: Summary) -> dict[str, Any]:
             (own if is_own else settings)[key_of(item.name)] = getattr(config, item.name)
     if "test_loss" in run:  # what auto took, which is another where the data have changed
         settings["task"] = task_name(run)
-    own = own if "trace" in strengths else {}
+    own = own if {"trace", "trace-held"} & strengths.keys() else {}
     return {**run, "settings": settings, "own": own, "strengths": strengths}
 
 

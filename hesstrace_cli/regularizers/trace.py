@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Generator, Tensor
@@ -94,12 +94,15 @@ class TraceRegularizer(Coupled):
     default = 0.01
     unit = "weight of tr(H) or tr(G)"
     is_penalty = True
+    alone_to = "penalize the trace"
 
     settings = (
         "estimator", "dropout_scheme", "keep_prob", "num_probes", "every", "warmup", "curvature",
         "form", "penalty_examples", "draw",
     )  # fmt: skip
     logged_as = "penalty_trace"
+    holds: ClassVar[bool] = False
+    """Whether A of tr(G), the curvature of the loss in the outputs, counts as constant."""
 
     def __init__(self, strength: float, config: TrainConfig) -> None:
         super().__init__(strength, config)
@@ -203,7 +206,8 @@ class TraceRegularizer(Coupled):
         engine = dataclasses.asdict(self.engine)
         del engine["others"]
         form = dataclasses.asdict(self.form) if self.of_g else {}
-        return {**dataclasses.asdict(self.choice), **engine, **settings, **form}
+        held = {"hold_logit_curvature": self.holds}
+        return {**dataclasses.asdict(self.choice), **engine, **settings, **form, **held}
 
     def strength_at(self, progress: float) -> float:
         """Lambda after this share of the run."""
@@ -249,6 +253,7 @@ class TraceRegularizer(Coupled):
             step.outputs, step.objective.params, step.objective.task, step.targets,
             draws=self.draws, generator=step.shared_generator(),
             rows=None if part.is_whole else part.rows, num_examples=part.num_examples,
+            hold=self.holds,
         )  # fmt: skip
 
     def _samples(self, step: Step) -> tuple[list[Tensor], Tensor | None]:
@@ -274,12 +279,12 @@ class TraceRegularizer(Coupled):
         if not self.by_example:
             return batch_samples(
                 step.outputs, objective.params, objective.task, step.targets, draws=self.draws,
-                generator=generator,
+                generator=generator, hold=self.holds,
             ), None  # fmt: skip
         return self._examples.samples(
             step.outputs, objective.params, objective.task, step.targets, draws=self.draws,
             generator=generator, rows=None if step.part.is_whole else step.part.rows,
-            num_examples=step.part.num_examples,
+            num_examples=step.part.num_examples, hold=self.holds,
         ), None  # fmt: skip
 
     def _samples_of_some(self, step: Step) -> list[Tensor]:
@@ -312,7 +317,7 @@ class TraceRegularizer(Coupled):
         samples_of = self._examples.samples if self.by_example else batch_samples
         return samples_of(
             outputs, params, task, y, draws=self.draws, generator=generator,
-            num_terms=num_terms,
+            num_terms=num_terms, hold=self.holds,
         )  # fmt: skip
 
     @property
@@ -322,5 +327,7 @@ class TraceRegularizer(Coupled):
     def _compiled_samples(
         self, objective: Objective, X: Tensor, y: Tensor, outputs: Tensor, generator: Generator
     ) -> list[Tensor]:
-        self._compiled = self._compiled or CompiledSamples(objective, self.choice.curvature)
+        self._compiled = self._compiled or CompiledSamples(
+            objective, self.choice.curvature, hold=self.holds
+        )
         return self._compiled(X, y, outputs, draws=self.draws, generator=generator)

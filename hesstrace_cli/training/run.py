@@ -157,7 +157,7 @@ class Run:
             "regularizers": regularizers_name(strengths),
             **averaged,
             **summarize(model, trainer.data, config, self.folder.last),
-            "trace_penalty": told.get("trace"),
+            "trace_penalty": told.get("trace", told.get("trace-held")),
             "seconds": trainer.seconds,
             "device": str(trainer.device),
             "versions": versions(),
