@@ -146,6 +146,21 @@ class Epoch(TypedDict):
     seconds: float
 
 
+class TraceChange(TypedDict):
+    """How tr(G) changed from the first step on, and by which of its factors."""
+
+    before: float | None
+    after: float | None
+    with_curvature_after: float | None
+    with_jacobian_after: float | None
+    of_curvature: float | None
+    of_curvature_stderr: float | None
+    of_jacobian: float | None
+    of_jacobian_stderr: float | None
+    num_examples: int
+    reason: str | None
+
+
 class Figures(TypedDict):
     """What the weights of a run are judged by."""
 
@@ -168,6 +183,7 @@ class Figures(TypedDict):
     train_metrics: Numbers
     val_metrics: Numbers | None
     trace: Trace | NoTrace
+    trace_change: TraceChange | None
     input_jacobian: float | None
     top_eigenvalue: float | None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -47,6 +48,13 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _change(change: Mapping[str, Any]) -> str:
+    parts = (f"times {math.exp(change[key]):.3g} by {what}" for key, what in (
+        ("of_curvature", "the curvature in the outputs"), ("of_jacobian", "the Jacobian"),
+    ))  # fmt: skip
+    return f"{change['before']:.4g} to {change['after']:.4g}: {', '.join(parts)}"
+
+
 def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What a finished run shows."""
     trace, penalty = summary["trace"], summary["trace_penalty"]
@@ -63,6 +71,9 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
         note = subset_note(trace)
         if note is not None:
             rows.append(["", Words(note)])
+    change = summary.get("trace_change")
+    if change is not None and change["before"] is not None:
+        rows.append(["tr(G) over the run", Words(_change(change))])
     if summary.get("collapsed"):
         rows.append(["collapsed", Words(summary["collapsed"])])
     if penalty is not None:

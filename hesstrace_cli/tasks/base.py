@@ -67,6 +67,8 @@ class Task(ABC):
         loss_name: What the mean is of, for a sentence: "cross-entropy".
         selection: What the best epoch and a strength are picked by.
         higher_is_better: The metrics by name, and whether more of each is better.
+        has_logit_scale: Whether A falls where outputs grow, as a language model's may, so that a
+            run says how much of a change of tr(G) is A's.
         refuses: Regularizers that make no sense here, each with the reason.
     """
 
@@ -76,6 +78,7 @@ class Task(ABC):
     loss_name: ClassVar[str]
     selection: ClassVar[Selection]
     higher_is_better: ClassVar[Mapping[str, bool]]
+    has_logit_scale: ClassVar[bool] = False
     refuses: ClassVar[Mapping[str, str]] = {}
 
     # -- what comes in

@@ -23,6 +23,7 @@ class Tokens(PlacesTask):
     loss_name: ClassVar[str] = "cross-entropy of tokens"
     selection: ClassVar[Selection] = Selection("perplexity", higher_is_better=False)
     higher_is_better: ClassVar[Mapping[str, bool]] = {"perplexity": False, "accuracy": True}
+    has_logit_scale: ClassVar[bool] = True
     refuses: ClassVar[Mapping[str, str]] = {
         "mixup": "tokens are indices, of which no mean can be taken",
         "cutout": "it erases a square of an image",

@@ -145,6 +145,9 @@ class Run:
         written: records.Run = self.ranks.from_first(summary)
         return written
 
+    def _untrained(self) -> nn.Module:
+        return self.trainer.untrained().to(self.trainer.device)
+
     def _summary(self, model: nn.Module) -> records.Run:
         config, trainer = self.config, self.trainer
         strengths = parse_regularizers(config.reg, config.lambda_)
@@ -156,7 +159,7 @@ class Run:
             "schema": RUN_SCHEMA,
             "regularizers": regularizers_name(strengths),
             **averaged,
-            **summarize(model, trainer.data, config, self.folder.last),
+            **summarize(model, trainer.data, config, self.folder.last, self._untrained),
             "trace_penalty": told.get("trace", told.get("trace-held")),
             "seconds": trainer.seconds,
             "device": str(trainer.device),

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import nn
 
 from hesstrace_cli import records
-from hesstrace_cli.analysis.estimation import top_eigenvalue, trace_record
+from hesstrace_cli.analysis.estimation import data_loss, top_eigenvalue, trace_record
 from hesstrace_cli.analysis.evaluation import evaluate, finite, input_jacobian
+from hesstrace_cli.autodiff.calls import eval_mode
 from hesstrace_cli.autodiff.precision import full_precision
 from hesstrace_cli.config import EstimateConfig, TrainConfig
+from hesstrace_cli.curvature.trace.change import Change, trace_change
 from hesstrace_cli.data import DataSet, Split, stratified_order
-from hesstrace_cli.errors import ModelError, NumericsError
+from hesstrace_cli.errors import HesstraceError, ModelError, NumericsError
 
 _EXAMPLES = 2000  # of the trace; more make no difference to a comparison
+_CHANGE_EXAMPLES, _CHANGE_BATCH, _CHANGE_PROBES = 32, 32, 4
 
 
 @full_precision()
 def summarize(
-    model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path
-) -> records.Figures:
+    model: nn.Module, data: DataSet, config: TrainConfig, checkpoint: Path,
+    untrained: Callable[[], nn.Module],
+) -> records.Figures:  # fmt: skip
     """The figures of the trained weights, in eval mode.
 
     Args:
@@ -29,6 +37,7 @@ def summarize(
         data: What it was trained on; all splits are evaluated.
         config: The run's.
         checkpoint: Where the weights are saved.
+        untrained: Makes the model as it was before the first step.
 
     Raises:
         NumericsError: If a loss is not finite.
@@ -65,11 +74,35 @@ def summarize(
         "train_metrics": train.finite_metrics(),
         "val_metrics": None if val is None else val.finite_metrics(),
         "trace": _trace(model, some, len(data.train), config, checkpoint),
+        "trace_change": _trace_change(model, some, config.seed, untrained)
+        if data.task.has_logit_scale
+        else None,
         "input_jacobian": None if jacobian is None else finite(jacobian.value),
         "top_eigenvalue": _top_eigenvalue(model, some, batch_size, config.seed)
         if config.top_eigenvalue
         else None,
     }
+
+
+def _trace_change(
+    model: nn.Module, split: Split, seed: int, untrained: Callable[[], nn.Module]
+) -> records.TraceChange:
+    """Of a few examples: signs for each of them have little noise."""
+    split = split.subset(torch.arange(min(len(split), _CHANGE_EXAMPLES)))
+    found, reason = None, "a trace is not above 0"
+    try:
+        before = untrained()
+        with eval_mode(before), eval_mode(model):
+            losses = [data_loss(each, split, _CHANGE_BATCH) for each in (before, model)]
+            found = trace_change(*losses, num_probes=_CHANGE_PROBES, seed=seed)
+    except HesstraceError as problem:  # the training itself was fine
+        reason = str(problem)
+    known: dict[str, float | None] = dict.fromkeys(item.name for item in fields(Change))
+    known |= {} if found is None else {n: finite(v) for n, v in asdict(found).items()}
+    return cast(
+        records.TraceChange,
+        {**known, "num_examples": len(split), "reason": None if found is not None else reason},
+    )
 
 
 def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) -> float | None:

@@ -133,7 +133,8 @@ class Trainer:
             return self.model
         return self.average.network
 
-    def _build_model(self) -> nn.Module:
+    def untrained(self) -> nn.Module:
+        """The model as it is before the first step, on the CPU."""
         config = self.config
         model = build_model(
             config.model,
@@ -144,6 +145,10 @@ class Trainer:
         )
         if config.init is not None:
             load_weights(model, read_checkpoint(config.init).state_dict, config.init)
+        return model
+
+    def _build_model(self) -> nn.Module:
+        config, model = self.config, self.untrained()
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         model = model.to(self._built_on, memory_format=layout).train()  # type: ignore[call-overload]
         self.num_outputs = check_fit(model, self.data, config.model)

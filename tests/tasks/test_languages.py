@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +14,7 @@ from hesstrace_cli.autodiff.calls import recorded_outputs, trainable
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.curvature.per_example.by_example import ByExample
 from hesstrace_cli.curvature.probes import Draws, draw_signs
+from hesstrace_cli.curvature.trace.change import trace_change
 from hesstrace_cli.curvature.trace.exact import PerExampleTrace
 from tests.tasks.languages import MODELS, language, moved, sample, traces, untied
 from tests.tasks.test_penalties import check_on_hessian
@@ -121,3 +124,34 @@ def test_the_penalty_is_unbiased_in_value_and_gradient(name, hold):
 def test_the_penalty_on_the_hessian(name):
     with sdpa_kernel(SDPBackend.MATH):  # the oracle cannot differentiate any other twice
         check_on_hessian(language(name))
+
+
+@pytest.mark.parametrize("name", ["gpt, tied"])
+def test_a_change_of_the_trace_is_taken_apart(name, monkeypatch):
+    case, (given, _), u = language(name), untied(name), direction(name)
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p += 0.2 * u[n]
+    losses = [dataclasses.replace(case, model=m).data(3) for m in (case.model, model)]
+    params = [moved(name, step, u) for step in (0, 0.2)]
+    L = [
+        [math.log(sum(traces(name, j, given(a).detach()).values())) for j in params]
+        for a in params
+    ]  # fmt: skip
+    A = (L[1][0] - L[0][0] + L[1][1] - L[0][1]) / 2
+    J = (L[0][1] - L[0][0] + L[1][1] - L[1][0]) / 2
+    assert min(abs(A), abs(J)) > 0.01
+    by_signs = trace_change(*losses, num_probes=30, seed=0)
+    assert abs(by_signs.of_curvature - A) <= 4.5 * by_signs.of_curvature_stderr < 0.5
+    assert abs(by_signs.of_jacobian - J) <= 4.5 * by_signs.of_jacobian_stderr < 0.5
+
+    def exact(self, X, y, num_samples, _):
+        return self.exact(X, y).expand(num_samples, -1, -1)
+
+    monkeypatch.setattr(PerExampleTrace, "sample", exact)
+    found = trace_change(*losses, num_probes=2, seed=0)
+    got = found.before, found.with_jacobian_after, found.with_curvature_after, found.after
+    assert got == pytest.approx([math.exp(each) for row in L for each in row], rel=1e-9)
+    assert (found.of_curvature, found.of_jacobian) == pytest.approx((A, J), rel=1e-9)
+    assert found.of_curvature_stderr == pytest.approx(0, abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -134,6 +135,22 @@ def test_the_penalty_lowers_the_trace(task, settings, tmp_path):
         assert (summary["input_jacobian"] is None) == (task == "tokens")
         assert (summary["test_accuracy"] is None) == (task == "regression")
     assert json.loads((tmp_path / "none" / "summary.json").read_text())["task"] == task
+
+
+def test_the_summary_says_which_factor_of_the_trace_fell(settings, tmp_path):
+    run = train_to_end(tmp_path / "a", **settings("tokens", reg="trace-held=0.01", form="example"))
+    change = run.finish()["trace_change"]
+    assert change["reason"] is None
+    assert change["num_examples"] == 32
+    parts = change["of_curvature"] + change["of_jacobian"]
+    assert parts == pytest.approx(math.log(change["after"] / change["before"]))
+    start = make_run(tmp_path / "b", **settings("tokens", init=str(tmp_path / "a" / "last.pt")))
+    again = start.finish()["trace_change"]
+    assert again["before"] == again["after"] == pytest.approx(change["after"], rel=1e-5)
+    assert again["of_curvature"] == again["of_jacobian"] == 0
+    (tmp_path / "a" / "last.pt").unlink()
+    assert "does not exist" in start.finish()["trace_change"]["reason"]
+    assert train_to_end(tmp_path / "c", **settings("regression")).finish()["trace_change"] is None
 
 
 @pytest.mark.parametrize("task", TASKS)

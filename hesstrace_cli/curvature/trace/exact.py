@@ -10,8 +10,8 @@ blocks of a linear output layer need neither (`output_layer`).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -58,6 +58,8 @@ class PerExampleTrace:
         objective: The mean loss that G is of.
         X: A few examples, for the more thorough checks.
         linear: Whether outputs that are not piecewise linear in the weights are refused.
+        curved: Gives of inputs the outputs at which A is taken, as those of other weights; where
+            it is None they are the model's own.
 
     Attributes:
         is_closed: Whether the output layer is all that there is, so that no columns are needed.
@@ -67,9 +69,13 @@ class PerExampleTrace:
             the methods.
     """
 
-    def __init__(self, objective: Objective, X: Tensor, *, linear: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, X: Tensor, *, linear: bool = False,
+        curved: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.objective = objective
         self.linear = linear
+        self._curved = curved
         self._examined: dict[tuple[tuple[int, int], bool], dict[str, Layout]] = {}
         check_independence(self._outputs, X, Generator(X.device).manual_seed(0))
         found = self._found(self._outputs(X))
@@ -92,6 +98,10 @@ class PerExampleTrace:
         with CutWatch() as watch:
             outputs = self._outputs(X)
         return self._found(outputs), watch.found
+
+    def _at(self, X: Tensor, found: _Found) -> Tensor:
+        """The outputs at which A is taken."""
+        return found.outputs.detach() if self._curved is None else self._curved(X).detach()
 
     def _found(self, outputs: Tensor) -> _Found:
         uses = find_uses(outputs, self.objective.params)
@@ -124,11 +134,12 @@ class PerExampleTrace:
     def _exact(self, X: Tensor, y: Tensor, key: tuple[int, int] | None) -> Tensor:
         found, is_cut = self._watched(X)
         layouts = self._examine(X, key, found, is_cut)
-        closed = found.closed(y)
+        at = self._at(X, found)
+        closed = found.closed(y, at)
         total = self._stacked(closed, len(X))
         if closed.keys() == self.objective.params.keys():
             return total
-        cotangents = self.objective.task.columns(found.outputs.detach(), y)
+        cotangents = self.objective.task.columns(at, y)
         if not len(cotangents):  # a softmax of one class is constant
             return total
         return total + self._blocks(X, found, cotangents, layouts, closed).sum(0)
@@ -150,7 +161,8 @@ class PerExampleTrace:
                 )
                 continue
             layouts = apart if found.head is None else found.layouts(apart=False)
-            at, closed = found.outputs.detach(), found.closed(y_part)
+            at = self._at(X_part, found)
+            closed = found.closed(y_part, at)
             signs = rademacher(at.expand(num_samples, *at.shape), generator=generator)
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
             own = self._blocks(X_part, found, torch.stack(cotangents), layouts, closed)
@@ -162,9 +174,9 @@ class PerExampleTrace:
         num_samples: int, generator: Generator,
     ) -> Tensor:  # fmt: skip
         """The samples where the output layer is taken apart: no signs of all examples at once."""
-        at = head.outputs.detach()
-        traces = in_parts(lambda f, _, t: head.task.curvature_traces(f, t), at, None, y)
-        closed = head.closed(traces)
+        at = self._at(X, found)
+        head = replace(head, outputs=at)
+        closed = head.closed(head.traces(y))
 
         def signs(part: slice) -> Tensor:
             return rademacher(at[part], generator=generator)
@@ -190,7 +202,7 @@ class PerExampleTrace:
         task, outputs_of, pieces = self.objective.task, self.objective.outputs, []
         size = parts_of(self._outputs(X[:1]))
         for X_part, y_part in zip(X.split(size), y.split(size), strict=True):
-            at = self._outputs(X_part).detach()
+            at = (self._curved or self._outputs)(X_part).detach()
             signs = (rademacher(at, generator=generator) for _ in range(num_samples))
             cotangents = torch.stack([task.root(at, y_part, e) for e in signs])
             pieces.append(differentiated_norms(outputs_of, rest, X_part, cotangents))
@@ -268,12 +280,12 @@ class _Found:
             return self.head.squares()
         return output_layer(self.outputs, self.uses, self.objective.params, self.objective.task)
 
-    def closed(self, y: Tensor) -> Norms:
-        """Each example's part of the output layer's blocks, (N,) by name."""
+    def closed(self, y: Tensor, at: Tensor) -> Norms:
+        """Each example's part of the output layer's blocks, (N,) by name, A taken at outputs."""
         squares = self.squares()
         if not squares:
             return {}
-        task, at = self.objective.task, self.outputs.detach()
+        task = self.objective.task
         traces = in_parts(lambda f, _, t: task.curvature_traces(f, t), at, None, y).flatten()
         return {n: (s * traces).reshape(len(at), -1).sum(1) for n, s in squares.items()}
 
