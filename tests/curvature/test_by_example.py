@@ -131,7 +131,7 @@ def test_over_all_signs_both_forms_are_equal(monkeypatch):
     every = itertools.product((-1.0, 1.0), repeat=outputs.numel())
     signs = [torch.tensor(each, dtype=outputs.dtype).view_as(outputs) for each in every]
     remaining = iter([each for each in signs for _ in found])
-    for module in ("per_example.by_example", "trace_penalty"):
+    for module in ("per_example.by_example", "probes"):
         name = f"hesstrace_cli.curvature.{module}.draw_signs"
         monkeypatch.setattr(name, lambda *_, **__: next(remaining))
     for _ in signs:

@@ -25,6 +25,9 @@ class Detaching(Classification):
     def root(self, outputs, targets, e):
         return super().root(outputs.detach(), targets, e)
 
+    def label_root(self, outputs, targets, noise):
+        return super().label_root(outputs.detach(), targets, noise)
+
     def curvature_traces(self, outputs, targets):
         return super().curvature_traces(outputs.detach(), targets)
 
