@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
-import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from step_cost import noise_and_signal, sample
 
 from hesstrace_cli.autodiff.calls import uses_batch_statistics
+from hesstrace_cli.cli import main as hesstrace
 from hesstrace_cli.comparison.table import describe, paired_difference
 from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.records import Difference
@@ -47,17 +49,29 @@ BASE = "batch, half of the tensors"
 MEASURES = ("test_accuracy", "test_loss", "train_loss", "trace")
 
 
+def run(command: list[str]) -> int:
+    """The exit code of `hesstrace`, without another start of Python; its table is not shown."""
+    own, sys.argv = sys.argv, ["hesstrace", *command]
+    try:
+        with redirect_stdout(io.StringIO()):
+            hesstrace()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = own
+    return 0
+
+
 def train(name: str, folder: Path, seed: int, strength: float, flags: list[str]) -> None:
     """One run, unless it is there; a diverged one leaves no summary."""
     share, own = ROWS[name]
     reg = f"trace={share * strength:g}" if share else "none"
-    command = [sys.executable, "-m", "hesstrace_cli", "train", *flags, *own, "--reg", reg]
+    command = ["train", *flags, *own, "--reg", reg]
     command += ["--seed", str(seed), "--out", str(folder), "--resume-or-start"]
     if (folder / "summary.json").exists():
         return
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    if status not in (0, 5):
-        sys.exit(f"{' '.join(command)} ended with {status}")
+    if run(command) not in (0, 5):
+        sys.exit(f"hesstrace {' '.join(command)} did not end well")
 
 
 def noises(configs: dict[str, TrainConfig], weights: Path, draws: int) -> dict[str, float]:

@@ -141,7 +141,7 @@ BENCHMARK_FLAGS = {
     "trace_to_tolerance.py": "--networks relu-cnn-bn --examples 8 --epochs 1 --samples 2 "
                              "--truth-products 4 --seconds 1 --cache cache",
 }  # fmt: skip
-SLOW = ("trace_to_tolerance.py", "--batches 1", "--dataset mnist,fashion-mnist")
+SLOW = ("trace_to_tolerance.py", "penalty_settings.py", "--batches 1", "--dataset mnist,fashion-mnist")
 
 
 FOR_OUR_OWN = {"--model resnet18": "--model small-cnn --model-arg width=2"}
@@ -268,6 +268,7 @@ def test_a_documented_command_runs(command, workplace, tmp_path, monkeypatch, ca
     if "--batches" in rest:
         flags += " --steps 1"
     rest = [word for word in rest if word not in ("--grid", "--compile")]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *rest, *shlex.split(flags)])
     threads = torch.get_num_threads()
     runpy.run_path(str(ROOT / script), run_name="__main__")
