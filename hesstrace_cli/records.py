@@ -188,13 +188,14 @@ class Figures(TypedDict):
     top_eigenvalue: float | None
 
 
-class Averaged(TypedDict):
-    """What a summary says beside its figures where they are of an average of weights."""
+class Asked(TypedDict):
+    """What a summary says beside its figures where it was asked for."""
 
     num_averaged: NotRequired[int]
+    label_noise: NotRequired[float]
 
 
-class Run(Figures, Averaged):
+class Run(Figures, Asked):
     """`summary.json` of a run."""
 
     schema: str

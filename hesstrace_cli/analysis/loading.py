@@ -127,6 +127,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         "num_classes",
         "task",
         "class_weights",
+        "label_noise",
     )
     unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
     changes: dict[str, Any] = {

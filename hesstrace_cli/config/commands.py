@@ -92,6 +92,14 @@ class DataConfig:
         minimum=0,
         maximum=0.9,
     )
+    label_noise: float | None = option(
+        None,
+        "share of the training labels, the same for every seed, replaced by other classes; those "
+        "held out and of the test stay clean",
+        panel="Model and data",
+        minimum=0,
+        maximum=1,
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", panel="Machine")
     seed: int = option(0, "seed of all randomness", panel="Machine", minimum=0)
     batch_size: int = option(64, "examples per batch", panel="Machine", minimum=1)

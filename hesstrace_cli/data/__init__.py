@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from hesstrace_cli.config import LARGEST, DataConfig, TrainConfig
 from hesstrace_cli.data.checks import example_of, same_kind, stacked, targets_of
 from hesstrace_cli.data.held import HeldSplit
+from hesstrace_cli.data.label_noise import Relabelled, noisy
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.sources import Arrays, Images, Source, is_data_plugin, open_source
 from hesstrace_cli.data.splits import (
@@ -114,14 +115,19 @@ def load_data(
         task.check_targets(part.targets, f"{config.dataset} ({name})")
     num_classes = count_outputs(task, config, source.num_classes, train.targets, test.targets)
     train, val = _hold_out(train, config)
+    targets = train.targets
+    if config.label_noise:
+        targets = noisy(targets, config.label_noise, task)
     if config.class_weights == "balanced":
-        weights = balanced_weights(train.targets, num_classes, task)
+        weights = balanced_weights(targets, num_classes, task)
         task = task_of(task.name, class_weights=weights, ignore_index=config.ignore_index)
     train, test = train.of_task(task), test.of_task(task)
     val = None if val is None else val.of_task(task)
     if isinstance(config, TrainConfig):  # uses them all: what is damaged is found before the work
         train, test = _at_once(train), _at_once(test)
         val = None if val is None else _at_once(val)
+    if config.label_noise:
+        train = Relabelled(train, targets)
     in_shape, tested = (tuple(next(part.batches(1))[0].shape[1:]) for part in (train, test))
     if len(in_shape) != len(tested) or in_shape[0] != tested[0]:
         raise DataError(

@@ -152,13 +152,15 @@ class Run:
         config, trainer = self.config, self.trainer
         strengths = parse_regularizers(config.reg, config.lambda_)
         told = {r.name: r.description() for r in trainer.regularizers}
-        averaged: records.Averaged = (
-            {"num_averaged": trainer.num_averaged} if trainer.num_averaged else {}
-        )
+        asked: records.Asked = {}
+        if trainer.num_averaged:
+            asked["num_averaged"] = trainer.num_averaged
+        if config.label_noise:
+            asked["label_noise"] = config.label_noise
         return {
             "schema": RUN_SCHEMA,
             "regularizers": regularizers_name(strengths),
-            **averaged,
+            **asked,
             **summarize(model, trainer.data, config, self.folder.last, self._untrained),
             "trace_penalty": told.get("trace", told.get("trace-held")),
             "seconds": trainer.seconds,
