@@ -118,7 +118,7 @@ def test_plan_is_the_whole_grid():
         ({"tune": ["trace=0.1"], "reg": ["none"]}, "no --reg has it"),
         ({"tune": ["trace=0.1"], "reg": ["trace=0.3"]}, "no --reg has it"),
         ({"tune": ["trace=0.1:0.2", "sam=0.1"], "reg": ["trace", "sam"]}, "as many"),
-        ({"tune": ["trace"], "reg": ["trace"]}, "NAME=S1"),
+        ({"tune": ["trace"], "reg": ["trace"]}, "NAME=V1"),
         ({"tune": ["trace=a:b"], "reg": ["trace"]}, "'a'"),
         ({"tune": ["trace=0.1:0.2"], "reg": ["trace"], "val_fraction": 0}, "validation"),
         ({"reg": ["trace=0.1", "trace"], "lambda_": 0.1}, "same"),

@@ -21,7 +21,8 @@ from hesstrace_cli.config import (
     resolve,
     shortened,
 )
-from hesstrace_cli.config.regularizers import parse_regularizers, parse_tune
+from hesstrace_cli.config.regularizers import parse_regularizers
+from hesstrace_cli.config.rows import parse_tune
 from hesstrace_cli.config.yaml_text import load_yaml
 from hesstrace_cli.data.sources import open_source
 from hesstrace_cli.errors import ConfigError, ModelError
@@ -412,7 +413,7 @@ def test_folders_that_cannot_be(folder):
 def test_a_regularizers_file_may_have_an_equals_sign(file):
     assert parse_regularizers([f"{file}:R=0.1"], None) == {f"{file}:R": 0.1}
     assert parse_regularizers([f"{file}:R"], 0.2) == {f"{file}:R": 0.2}
-    assert parse_tune([f"{file}:R=0.1:0.3"]) == {f"{file}:R": [0.1, 0.3]}
+    assert parse_tune([f"{file}:R=0.1:0.3"], TrainConfig) == {f"{file}:R": [0.1, 0.3]}
     with pytest.raises(ConfigError, match=r"the strength of .* is 'x'"):
         parse_regularizers([f"{file}:R=x"], None)
 

@@ -51,7 +51,7 @@ def compare(
         return
     settings = resolve(CompareConfig, flags, config)
 
-    names = {name for rows in settings.candidates() for row in rows for name in row}
+    names = {name for rows in settings.candidates() for row in rows for name in row.strengths}
     warn_of_unused(settings, names)
 
     with screen.doing("loading"):
@@ -67,10 +67,10 @@ def compare(
     grid.write_planned(grid.root(settings), runs)
     if pending:
         _train_all(pending, settings.jobs)
-    chosen = grid.choose_strengths(runs)
+    chosen = grid.choose_strengths(runs, settings.tune_by)
     if settings.tune:
         grid.write_chosen(grid.root(settings), chosen)
-        _say_choices(runs, chosen)
+        _say_choices(runs, chosen, settings.tune_by)
     with screen.doing("timing a step of each row"):
         costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(grid.results(chosen), costs, grid.root(settings))
@@ -136,11 +136,11 @@ def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
     """Train what is pending under one live table; a run that diverges is noted and passed by."""
     from hesstrace_cli.comparison.grid import note_divergence
 
-    total = sum(run.config.epochs for run in pending)
+    total = sum(run.epochs for run in pending)
     with screen.Board(len(pending), total) as board:
         ended = _one_by_one(pending, board) if jobs == 1 else _side_by_side(pending, jobs, board)
         for run, problem in ended:
-            board.add_done(run.config.epochs)
+            board.add_done(run.epochs)
             if problem is None:
                 name = f"{run.regularizer} seed {run.config.seed}"
                 screen.say(f"{board.done}/{len(pending)} {name} finished")
@@ -157,7 +157,7 @@ def _one_by_one(
 
     said: set[str] = set()
     for number, planned in enumerate(pending, start=1):
-        name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.config.epochs
+        name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.epochs
         board.show([(name, 0, epochs)], len(pending) - number)
         try:
             run = Run(planned.config)
@@ -188,7 +188,7 @@ def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
     def draw(jobs: list[Job], waiting: int) -> None:
         lines = [
             (f"{job.run.regularizer} seed {job.run.config.seed}", job.epochs(),
-             job.run.config.epochs)
+             job.run.epochs)
             for job in jobs
         ]  # fmt: skip
         board.show(lines, waiting)
@@ -196,12 +196,14 @@ def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
     return draw
 
 
-def _say_choices(runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun]) -> None:
+def _say_choices(
+    runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun], metric: str | None
+) -> None:
     from hesstrace_cli.comparison.grid import chosen_by
 
     names = list(dict.fromkeys(run.regularizer for run in chosen))
     left = list(dict.fromkeys(run.regularizer for run in runs if run.regularizer not in names))
-    by = " and ".join(metric.replace("_", " ") for metric in chosen_by(runs)) or "metric"
+    by = " and ".join(metric.replace("_", " ") for metric in chosen_by(runs, metric)) or "metric"
     screen.say(f"chosen by validation {by}: {'; '.join(names)}. Not: {'; '.join(left)}")
 
 

@@ -13,8 +13,6 @@ from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import (
     REGULARIZERS,
     TrainConfig,
-    parse_regularizers,
-    regularizers_name,
     resolve,
 )
 from hesstrace_cli.errors import Stopped
@@ -35,8 +33,8 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
     Example: hesstrace train --reg trace --lambda 0.01
     """
     settings = resolve(TrainConfig, flags, _stored(flags) if config is None else config)
-    strengths = parse_regularizers(settings.reg, settings.lambda_)
-    warn_of_unused(settings, strengths)
+    row = settings.row()
+    warn_of_unused(settings.effective(), row.strengths)
 
     with screen.doing(f"loading {settings.dataset} and {settings.model}"):
         from hesstrace_cli.training.run import Run
@@ -48,7 +46,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())
     else:
-        summary = train_with_progress(run, regularizers_name(strengths))
+        summary = train_with_progress(run, row.name)
     assert summary is not None
     screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
 

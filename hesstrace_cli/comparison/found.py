@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesstrace_cli.config import TrainConfig, parse_regularizers, regularizers_name, resolve
+from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.paths import is_folder
 from hesstrace_cli.storage.records import read_chosen, read_diverged, read_planned
@@ -95,6 +95,6 @@ def settings_of(run: Path) -> TrainConfig:
 
 def _begun(run: Path) -> Summary:
     config = settings_of(run)
-    name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
+    name = config.row().name
     return {"dataset": config.dataset, "model": config.model, "regularizers": name,
             "seed": config.seed, "folder": str(run)}  # fmt: skip

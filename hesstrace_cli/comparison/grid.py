@@ -11,18 +11,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.comparison.found import CHOSEN, PLANNED, Found
-from hesstrace_cli.config import CompareConfig, TrainConfig, key_of, regularizers_name
+from hesstrace_cli.config import CompareConfig, Row, TrainConfig, key_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.storage.locks import FolderLock
 from hesstrace_cli.storage.records import read_diverged, selected, task_name
 from hesstrace_cli.storage.runs import RunFolder, default_folder
 from hesstrace_cli.tasks import TASKS
+from hesstrace_cli.tasks.base import Selection
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
@@ -47,6 +48,11 @@ class PlannedRun:
         """Where it goes."""
         assert self.config.out is not None
         return RunFolder(Path(self.config.out))
+
+    @property
+    def epochs(self) -> int:
+        """Of the run."""
+        return self.config.effective().epochs
 
     @property
     def diverged(self) -> Path:
@@ -113,11 +119,11 @@ def _label(run: PlannedRun) -> str:
 
 
 def _planned(
-    config: CompareConfig, settings: dict[str, Any], entry: int, row: dict[str, float], seed: int
+    config: CompareConfig, settings: dict[str, Any], entry: int, row: Row, seed: int
 ) -> PlannedRun:
-    run = TrainConfig(**settings, reg=[regularizers_name(row)], seed=seed)
+    run = TrainConfig(**settings, reg=[row.name], seed=seed)
     folder = default_folder(run, str(root(config) / "runs"))
-    return PlannedRun(entry, regularizers_name(row), dataclasses.replace(run, out=str(folder)))
+    return PlannedRun(entry, row.name, dataclasses.replace(run, out=str(folder)))
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -188,11 +194,18 @@ def results(runs: Sequence[PlannedRun]) -> Found:
     return Found(finished, diverged, [])
 
 
-def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+def choose_strengths(runs: Sequence[PlannedRun], by: str | None = None) -> list[PlannedRun]:
     """For every row of the table the runs of the strength that is best on validation.
 
-    The mean over the seeds of what the task picks by decides; of equal ones the first listed. A
-    strength that diverged with any seed is not chosen while another did not.
+    The mean over the seeds decides; of equal ones the first listed. A strength that diverged with
+    any seed is not chosen while another did not.
+
+    Args:
+        runs: All of them, ended.
+        by: "loss" or "accuracy"; None for what the task picks by.
+
+    Raises:
+        ConfigError: If there is a choice, and the task has no accuracy to choose by.
     """
     cells: dict[tuple[str, str, int], dict[str, list[PlannedRun]]] = {}
     for run in runs:
@@ -200,7 +213,7 @@ def choose_strengths(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         cells.setdefault(key, {}).setdefault(run.regularizer, []).append(run)
     chosen: list[PlannedRun] = []
     for candidates in cells.values():
-        chosen += max(candidates.values(), key=_validation_score)
+        chosen += max(candidates.values(), key=lambda own: _validation_score(own, by))
     return chosen
 
 
@@ -229,24 +242,41 @@ def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
         (folder / CHOSEN).unlink(missing_ok=True)
 
 
-def chosen_by(runs: Iterable[PlannedRun]) -> list[str]:
+def chosen_by(runs: Iterable[PlannedRun], by: str | None = None) -> list[str]:
     """What the strengths of finished runs were chosen by, each metric once."""
     found = (run.folder.summary() for run in runs)
-    return list(dict.fromkeys(TASKS[task_name(s)].selection.metric for s in found if s is not None))
+    return list(dict.fromkeys(_selection(s, by).metric for s in found if s is not None))
 
 
-def _validation_score(runs: Iterable[PlannedRun]) -> tuple[bool, float]:
+def _selection(summary: Mapping[str, Any], by: str | None) -> Selection:
+    """What a strength is chosen by.
+
+    Raises:
+        ConfigError: If the task has no such thing.
+    """
+    task = TASKS[task_name(summary)]
+    if by is None:
+        return task.selection
+    if by != "loss" and by not in task.higher_is_better:
+        raise ConfigError(
+            f"--tune-by {by}: --task {task.name} has no {by}; the runs are there, and "
+            "--tune-by loss chooses from them"
+        )
+    return Selection(by, higher_is_better=by != "loss")
+
+
+def _validation_score(runs: Iterable[PlannedRun], by: str | None) -> tuple[bool, float]:
     """Whether every run has one, and the mean of those that have; the larger the better."""
-    found = [_score(run) for run in runs]
+    found = [_score(run, by) for run in runs]
     scores = [score for score in found if score is not None]
     return len(scores) == len(found), statistics.fmean(scores) if scores else -math.inf
 
 
-def _score(run: PlannedRun) -> float | None:
+def _score(run: PlannedRun, by: str | None) -> float | None:
     summary = run.folder.summary()
     if summary is None:
         return None
-    selection = TASKS[task_name(summary)].selection
+    selection = _selection(summary, by)
     value = selected(summary, "val", selection.metric)
     if value is None:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli.comparison.found import Found, Summary, settings_of
-from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers
+from hesstrace_cli.config import TrainConfig, key_of
 from hesstrace_cli.reporting.apart import differing, key
 from hesstrace_cli.storage.records import task_name
 from hesstrace_cli.storage.resume import PLACE
@@ -47,7 +47,7 @@ def _described(run: Summary) -> dict[str, Any]:
     if "comparison" in run:
         return {**run, "own": {}}
     config = settings_of(Path(run["folder"]))
-    strengths = parse_regularizers(config.reg, config.lambda_)
+    strengths = config.row().strengths
     own: dict[str, object] = {}
     settings: dict[str, object] = {}
     for item in dataclasses.fields(TrainConfig):

@@ -14,6 +14,7 @@ from hesstrace_cli.config.commands import (
 from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of, whole_number
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
 from hesstrace_cli.config.regularizers import REGULARIZERS, parse_regularizers, regularizers_name
+from hesstrace_cli.config.rows import Row
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.hints import did_you_mean, likely
 
@@ -27,6 +28,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "EstimateConfig",
+    "Row",
     "SensitivityConfig",
     "SpectrumConfig",
     "TrainConfig",

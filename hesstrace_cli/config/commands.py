@@ -19,13 +19,10 @@ from hesstrace_cli.config.fields import (
 from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
     UNUSED_LAMBDA,
-    parse_regularizers,
     parse_terms,
-    parse_tune,
-    regularizers_name,
     takes_lambda,
-    tuned_rows,
 )
+from hesstrace_cli.config.rows import Row, open_names, parse_row, parse_tune, split, tuned_rows
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
@@ -160,7 +157,7 @@ class TrainConfig(DataConfig):
     reg: list[str] = option(
         ["none"],
         "regularizer, NAME or NAME=STRENGTH (none, " + ", ".join(REGULARIZERS) + "); repeat it, "
-        "or join with commas, for several at once",
+        "or join with commas, for several at once; SETTING=VALUE among them wins over --SETTING",
         panel="Regularization",
         metavar="NAME[=STRENGTH]",
     )
@@ -267,7 +264,26 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_combinations()
-        parse_regularizers(self.reg, self.lambda_)
+        self.effective()
+
+    def row(self) -> Row:
+        """The regularizers with their strengths, and the settings given beside them.
+
+        Raises:
+            ConfigError: If a name is unknown, or a strength or value cannot be.
+        """
+        return parse_row(self.reg, self.lambda_, TrainConfig)
+
+    def effective(self) -> TrainConfig:
+        """The settings that the run has: those beside the regularizers win.
+
+        Raises:
+            ConfigError: If they cannot be, alone or together.
+        """
+        own = self.row().settings
+        if all(getattr(self, name) == value for name, value in own.items()):
+            return self
+        return dataclasses.replace(self, **own)
 
     def _check_combinations(self) -> None:
         """Refuse what contradicts itself whatever the model and data are."""
@@ -301,8 +317,8 @@ class CompareConfig(TrainConfig):
 
     reg: list[str] = option(
         ["none", "trace"],
-        "one row of the table: none, or NAME[=STRENGTH], several joined with commas; repeat it "
-        "for more rows",
+        "one row of the table: none, NAME[=STRENGTH], or SETTING=VALUE as weight-decay=0.001, "
+        "several joined with commas; repeat it for more rows",
         panel="Regularization",
         metavar="NAME[=STRENGTH],...",
     )
@@ -315,11 +331,16 @@ class CompareConfig(TrainConfig):
     seeds: list[int] = option([0, 1, 2], "seeds, 0,1,2", panel="Comparison", minimum=0)
     tune: list[str] = option(
         [],
-        "strengths to choose from by the task's metric on validation (accuracy, perplexity, ...), "
-        "for rows with NAME and no strength; "
-        "as many for each NAME",
+        "strengths, or values of a setting, to choose from on validation, for rows with NAME and "
+        "no strength or value; as many for each NAME",
         panel="Comparison",
-        metavar="NAME=S1:S2:...",
+        metavar="NAME=V1:V2:...",
+    )
+    tune_by: str | None = option(
+        None,
+        "what --tune chooses by (default: the task's own: accuracy, perplexity, ...)",
+        panel="Comparison",
+        choices=("loss", "accuracy"),
     )
     jobs: int = option(1, "runs at a time, over the GPUs there are", panel="Comparison", minimum=1)
     plan: bool = option(
@@ -330,6 +351,8 @@ class CompareConfig(TrainConfig):
         DataConfig.__post_init__(self)
         self._check_combinations()
         self.candidates()
+        if self.tune_by is not None and not self.tune:
+            raise ConfigError("--tune-by says what --tune chooses by, and there is no --tune")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
         for key in ("dataset", "model"):
@@ -340,27 +363,27 @@ class CompareConfig(TrainConfig):
                     "with commas"
                 )
 
-    def candidates(self) -> list[list[dict[str, float]]]:
-        """For each row of the table the regularizers with their strengths, or those to choose from.
+    def candidates(self) -> list[list[Row]]:
+        """For each row of the table what it is, or those to choose from.
 
         Raises:
             ConfigError: If a row cannot be understood, or two are the same.
         """
-        takes = [takes_lambda(parse_terms([entry])) for entry in self.reg]
+        takes = [takes_lambda(parse_terms([split(e, TrainConfig)[0]])) for e in self.reg]
         if self.lambda_ is not None and not any(takes):
             raise ConfigError(UNUSED_LAMBDA)
-        choices = parse_tune(self.tune)
+        choices = parse_tune(self.tune, TrainConfig)
         if choices and not self.val_fraction:
             raise ConfigError("--tune chooses on the validation split; --val-fraction is 0")
         rows = [
-            tuned_rows(entry, self.lambda_ if taken else None, choices)
+            tuned_rows(entry, self.lambda_ if taken else None, choices, TrainConfig)
             for entry, taken in zip(self.reg, takes, strict=True)
         ]
-        tuned = {n for entry in self.reg for n, s in parse_terms([entry]) if s is None}
+        tuned = {name for entry in self.reg for name in open_names(entry, TrainConfig)}
         if set(choices) - tuned:
             missing = ", ".join(sorted(set(choices) - tuned))
             raise ConfigError(f"--tune names {missing}, but no --reg has it without a strength")
-        names = [regularizers_name(row) for candidates in rows for row in candidates]
+        names = [row.name for candidates in rows for row in candidates]
         if len(set(names)) < len(names):
             raise ConfigError(f"two rows are the same: {', '.join(names)}")
         return rows

@@ -71,7 +71,8 @@ def _parse_term(part: str) -> tuple[str, float | None]:
         known = ["none", *REGULARIZERS]
         raise ConfigError(
             f"no regularizer is called {shortened(name)}{_meant(part, known)} "
-            f"Known: {', '.join(known)}, or FILE.py:Class"
+            f"Known: {', '.join(known)}, or FILE.py:Class; or a setting with its value, as "
+            "weight-decay=0.001"
         )
     return name, None if text is None else _strength(name, text)
 
@@ -148,55 +149,34 @@ def parse_regularizers(entries: Sequence[str], lambda_: float | None) -> dict[st
     return strengths
 
 
-def parse_tune(entries: Sequence[str]) -> dict[str, list[float]]:
-    """The strengths to choose from by name, of `NAME=S1:S2:...`.
+def parse_strengths(name: str, text: str, entry: str) -> list[float]:
+    """The strengths of one regularizer to choose from, of `S1:S2:...`.
+
+    Args:
+        name: The regularizer's.
+        text: Its strengths.
+        entry: What to show in an error.
 
     Raises:
-        ConfigError: If one cannot be read, is given twice, or has another number of strengths.
+        ConfigError: If the name is not one regularizer's alone, or a strength cannot be.
     """
-    choices: dict[str, list[float]] = {}
-    for entry in entries:
-        name, equals, text = entry.rpartition("=")
-        if not equals or not name:
-            raise ConfigError(
-                f"--tune is {shortened(entry)}, expected NAME=S1:S2:..., trace=0.003:0.01"
-            )
-        terms = parse_terms([name])
-        if len(terms) > 1:
-            raise ConfigError(
-                f"--tune {shortened(entry)} names {len(terms)} regularizers, expected one; give "
-                "--tune once for each"
-            )
-        if name in choices or not terms or terms[0][1] is not None:
-            raise ConfigError(
-                f"--tune {shortened(entry)}: {name} takes no strengths, or is given twice"
-            )
-        choices[name] = [_strength(name, part) for part in text.split(":")]
-        if len(set(choices[name])) < len(choices[name]):
-            raise ConfigError(f"--tune {entry!r} has a strength twice")
-    if len({len(strengths) for strengths in choices.values()}) > 1:
-        counts = ", ".join(f"{name} {len(strengths)}" for name, strengths in choices.items())
-        raise ConfigError(f"--tune must give each as many strengths, for a fair choice: {counts}")
-    return choices
-
-
-def tuned_rows(
-    entry: str, lambda_: float | None, choices: Mapping[str, Sequence[float]]
-) -> list[dict[str, float]]:
-    """The rows that stand for one entry: one, or one for each combination to choose from."""
-    terms = parse_terms([entry])
-    rows = [parse_regularizers([entry], lambda_)]
-    for name in (name for name, strength in terms if strength is None and name in choices):
-        rows = [{**row, name: strength} for row in rows for strength in choices[name]]
-    return rows
+    terms = parse_terms([name])
+    if len(terms) > 1:
+        raise ConfigError(
+            f"--tune {shortened(entry)} names {len(terms)} regularizers, expected one; give "
+            "--tune once for each"
+        )
+    if not terms or terms[0][1] is not None:
+        raise ConfigError(f"--tune {shortened(entry)}: {name} takes no strengths")
+    return [_strength(name, part) for part in text.split(":")]
 
 
 def regularizers_name(strengths: Mapping[str, float]) -> str:
     """The canonical name of regularizers: "none", or `name=strength` joined with commas."""
-    return ",".join(f"{name}={_shortest(value)}" for name, value in strengths.items()) or "none"
+    return ",".join(f"{name}={shortest(value)}" for name, value in strengths.items()) or "none"
 
 
-def _shortest(value: float) -> str:
+def shortest(value: float) -> str:
     """The shortest text that is read back as the same number."""
     text = f"{value + 0.0:g}"  # -0 is 0
     return text if float(text) == value else repr(value)

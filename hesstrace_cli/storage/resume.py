@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from hesstrace_cli.config import TrainConfig, key_of, parse_regularizers
+from hesstrace_cli.config import TrainConfig, key_of
 from hesstrace_cli.config.schedule import learning_rate, ramp
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.storage.checkpoints import oddity
@@ -32,6 +32,7 @@ _SETTINGS = {
 
 def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     """What differs between the settings of two runs, but where to run; each in a few words."""
+    before, now = before.effective(), now.effective()
     return [
         f"{key_of(item.name)} was {getattr(before, item.name)}, is {getattr(now, item.name)}"
         for item in dataclasses.fields(TrainConfig)
@@ -59,12 +60,13 @@ def why_not_longer(
     """
     if not steps:
         return None
+    before, now = before.effective(), now.effective()
     totals = [config.epochs * steps_per_epoch for config in (before, now)]
     shares = [[step / total for step in range(steps)] for total in totals]
     rates = [[learning_rate(now, share) for share in own] for own in shares]
     if rates[0] != rates[1]:
         return f"with --schedule {now.schedule} the learning rate of the steps done depends on it"
-    strengths = parse_regularizers(now.reg, now.lambda_)
+    strengths = now.row().strengths
     own = [name for name in strengths if ":" in name]
     if own:
         return f"what {own[0]} did in the steps done may depend on it"

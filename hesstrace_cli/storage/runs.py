@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli import records
-from hesstrace_cli.config import (
-    TrainConfig,
-    parse_regularizers,
-    regularizers_name,
-    resolve,
-    to_yaml,
-)
+from hesstrace_cli.config import TrainConfig, key_of, resolve, to_yaml
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.paths import is_file, is_there
 from hesstrace_cli.storage.checkpoints import read_checkpoint
@@ -35,8 +29,10 @@ def default_folder(config: TrainConfig, root: str = "runs") -> Path:
 
     Files of one name in two folders are told apart by a few digits of their path's hash.
     """
-    name = regularizers_name(parse_regularizers(config.reg, config.lambda_))
-    terms = [_short(*term.rpartition("=")[::2]) for term in name.split(",") if "=" in term]
+    row = config.row()
+    name, settings = row.name, set(map(key_of, row.settings))
+    pairs = [term.rpartition("=")[::2] for term in name.split(",") if "=" in term]
+    terms = [_short(k, _short(v) if k in settings else v) for k, v in pairs]
     parts = [_short(config.dataset), _short(config.model), "+".join(terms) or name]
     return Path(root) / "-".join([*parts, f"seed{config.seed}"])
 

@@ -12,7 +12,7 @@ from torch import nn
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import versions
 from hesstrace_cli.analysis.loading import select_device
-from hesstrace_cli.config import TrainConfig, parse_regularizers, regularizers_name
+from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.data import load_data
 from hesstrace_cli.distributed.parallel import join
 from hesstrace_cli.errors import HesstraceError, ModelError, Stopped
@@ -37,11 +37,13 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         self.folder = RunFolder(Path(config.out) if config.out else default_folder(config))
-        self.config = dataclasses.replace(config, out=str(self.folder.path))
+        # As given, which a comparison goes by; and with what the row has of its own.
+        self._given = dataclasses.replace(config, out=str(self.folder.path))
+        self.config = config = self._given.effective()
         device = select_device(config.device)
         self.ranks = join(device)
         if self.ranks.is_first:
-            self.folder.check_place(self.config)
+            self.folder.check_place(self._given)
         self.trainer = Trainer(config, load_data(config, device), device, self.ranks)
         self.events = Events(self.folder.path / "tensorboard" if config.tensorboard else None)
         # Last: what fails before leaves no folder behind.
@@ -55,12 +57,12 @@ class Run:
     def _begin(self) -> None:
         checkpoint = None
         if self.ranks.is_first:
-            checkpoint = self.folder.open(self.config, self.trainer.steps_per_epoch)
+            checkpoint = self.folder.open(self._given, self.trainer.steps_per_epoch)
         checkpoint = self.ranks.from_first(checkpoint)
         if checkpoint is not None:
             self._restore(checkpoint)
         if self.ranks.is_first:
-            self.folder.make_longer(self.config)
+            self.folder.make_longer(self._given)
             self.folder.truncate_metrics(self.trainer.epoch)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
@@ -150,7 +152,6 @@ class Run:
 
     def _summary(self, model: nn.Module) -> records.Run:
         config, trainer = self.config, self.trainer
-        strengths = parse_regularizers(config.reg, config.lambda_)
         told = {r.name: r.description() for r in trainer.regularizers}
         asked: records.Asked = {}
         if trainer.num_averaged:
@@ -159,7 +160,7 @@ class Run:
             asked["label_noise"] = config.label_noise
         return {
             "schema": RUN_SCHEMA,
-            "regularizers": regularizers_name(strengths),
+            "regularizers": config.row().name,
             **asked,
             **summarize(model, trainer.data, config, self.folder.last, self._untrained),
             "trace_penalty": told.get("trace", told.get("trace-held")),

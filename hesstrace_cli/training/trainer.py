@@ -20,7 +20,7 @@ from hesstrace_cli.analysis.evaluation import Evaluation, evaluate, finite
 from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
 from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.autodiff.precision import deterministic_algorithms, run_in_precision
-from hesstrace_cli.config import EstimateConfig, TrainConfig, parse_regularizers
+from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.config.schedule import learning_rate
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data import DataSet, load_data, stratified_order
@@ -71,7 +71,7 @@ class Trainer:
     """A model, its data, its loss and regularizers, trained step by step.
 
     Args:
-        config: The whole resolved config.
+        config: The whole resolved config, the row's own settings in their places.
         data: To train and validate on.
         device: Where.
         ranks: The processes of the job.
@@ -243,7 +243,7 @@ class Trainer:
             ConfigError: If one makes no sense for this task.
         """
         config, task = self.config, self.data.task
-        strengths = parse_regularizers(config.reg, config.lambda_)
+        strengths = config.row().strengths
         for name in strengths:
             if name in task.refuses:
                 raise ConfigError(
@@ -291,6 +291,7 @@ class Trainer:
     @classmethod
     def of(cls, config: TrainConfig) -> Trainer:
         """With the data and on the device that the config names, and the processes of the job."""
+        config = config.effective()
         device = select_device(config.device)
         return cls(config, load_data(config, device), device, join(device))
 
