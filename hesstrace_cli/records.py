@@ -465,6 +465,23 @@ class Sensitivity(Origin, ModelSensitivity):
     seconds: float
 
 
+class RowOfEqualTime(TypedDict):
+    """How long a row trains for the time of the slowest."""
+
+    dataset: str
+    model: str
+    regularizer: str
+    seconds_per_epoch: float | None
+    epochs: int
+
+
+class EqualTime(TypedDict):
+    """`equal_time.json` of a comparison."""
+
+    epochs: int
+    rows: list[RowOfEqualTime]
+
+
 class Planned(TypedDict):
     """What a run of a comparison is."""
 

@@ -58,11 +58,16 @@ def compare(
         from hesstrace_cli.comparison import grid
 
     runs = grid.plan(settings)
-    if settings.plan:
-        for run in runs:
-            screen.echo(_command_line(grid.arguments(run.config)))
+    if settings.plan and settings.equal == "epochs":
+        _print_plan(runs)
         return
     lock = grid.lock(settings)
+    if settings.equal == "time":
+        runs = _for_equal_time(grid.root(settings), runs)
+    if settings.plan:
+        _print_plan(runs)
+        lock.release()
+        return
     pending = grid.pending(runs)
     grid.write_planned(grid.root(settings), runs)
     if pending:
@@ -75,6 +80,32 @@ def compare(
         costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
     _report(grid.results(chosen), costs, grid.root(settings))
     lock.release()
+
+
+def _print_plan(runs: Sequence[PlannedRun]) -> None:
+    from hesstrace_cli.comparison import grid
+
+    for run in runs:
+        screen.echo(_command_line(grid.arguments(run.config)))
+
+
+def _for_equal_time(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs, each as long as it takes for the time of the slowest row; measured once."""
+    from hesstrace_cli.comparison import equal_time
+    from hesstrace_cli.training.cost import epoch_seconds
+
+    measured = equal_time.measured_for(runs)
+    epochs = equal_time.epochs_kept(folder, runs)
+    if epochs is None:
+        configs = {equal_time.cell_of(run): run.config for run in reversed(runs)}
+        first = {cell: configs[cell] for cell in measured.values()}
+        with screen.doing("timing epochs of each row"):
+            seconds = epoch_seconds(first)
+        epochs = equal_time.write_epochs(folder, runs, seconds)
+    several = len({cell[:2] for cell in epochs}) > 1
+    said = (f"{' '.join(cell if several else cell[2:])} {n}" for cell, n in epochs.items())
+    screen.say(f"epochs for equal time: {', '.join(said)}")
+    return equal_time.stretched(runs, epochs)
 
 
 def _command_line(arguments: Sequence[str]) -> str:

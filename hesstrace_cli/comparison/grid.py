@@ -20,7 +20,7 @@ from hesstrace_cli.config import CompareConfig, Row, TrainConfig, key_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.storage.locks import FolderLock
-from hesstrace_cli.storage.records import read_diverged, selected, task_name
+from hesstrace_cli.storage.records import EQUAL_TIME, read_diverged, selected, task_name
 from hesstrace_cli.storage.runs import RunFolder, default_folder
 from hesstrace_cli.tasks import TASKS
 from hesstrace_cli.tasks.base import Selection
@@ -81,7 +81,7 @@ def lock(config: CompareConfig) -> FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         held = FolderLock(folder)
         files = {file.name for file in folder.iterdir()} - {file.name for file in leftovers(folder)}
-        if files and not files & {"runs", PLANNED}:
+        if files and not files & {"runs", PLANNED, EQUAL_TIME}:
             raise ConfigError(
                 f"--out {str(folder)!r} is not empty and holds no comparison; choose another folder"
             )

@@ -342,6 +342,13 @@ class CompareConfig(TrainConfig):
         panel="Comparison",
         choices=("loss", "accuracy"),
     )
+    equal: str = option(
+        "epochs",
+        "what all rows get: the same epochs, or the time of the slowest row's (measured before the "
+        "first run, and kept in the folder)",
+        panel="Comparison",
+        choices=("epochs", "time"),
+    )
     jobs: int = option(1, "runs at a time, over the GPUs there are", panel="Comparison", minimum=1)
     plan: bool = option(
         False, "print one complete command a line, and train nothing", panel="Comparison"

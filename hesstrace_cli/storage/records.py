@@ -19,6 +19,9 @@ from hesstrace_cli.paths import is_file, is_there
 
 RUN_SCHEMA = "hesstrace/run/1"
 
+EQUAL_TIME = "equal_time.json"
+"""In a comparison's folder, what an epoch of each row takes, and how many it trains for."""
+
 Check = Callable[[Any], str | None]
 """Says what is wrong with a value, beginning with where; None where nothing is."""
 
@@ -99,6 +102,13 @@ _SUMMARY = _record(
     },
 )  # fmt: skip
 _DIVERGED = _record(_PLACE, {"reason": _TEXT})
+_EQUAL_TIME = _record({
+    "epochs": _WHOLE,
+    "rows": _list_of(_record({
+        "dataset": _TEXT, "model": _TEXT, "regularizer": _TEXT, "epochs": _WHOLE,
+        "seconds_per_epoch": _or_null(_POSITIVE),
+    })),
+})  # fmt: skip
 _EPOCH = _record(
     {"epoch": _WHOLE, "train_loss": _MAYBE},
     {"val_accuracy": _MAYBE, "val_loss": _MAYBE, "val_metrics": _or_null(_METRICS)},
@@ -202,6 +212,26 @@ def read_costs(file: Path) -> dict[str, float]:
     if not is_there(file):
         return {}
     return _checked(_read(file), _mapping_of(_POSITIVE), file, "remove it")
+
+
+def read_equal_time(folder: Path) -> records.EqualTime | None:
+    """How many epochs the rows of a comparison have for equal time; None of equal epochs.
+
+    Args:
+        folder: The comparison's.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    file = folder / EQUAL_TIME
+    if not is_there(file):
+        return None
+    return _checked(_read(file), _EQUAL_TIME, file, "remove it and its runs")
+
+
+def is_of_equal_time(run: Path) -> bool:
+    """Whether the epochs of the run in a folder were chosen by the comparison around it."""
+    return is_there(run.parent.parent / EQUAL_TIME)
 
 
 def read_epochs(file: Path) -> list[records.Epoch]:

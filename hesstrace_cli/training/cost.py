@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +22,9 @@ from hesstrace_cli.randomness import random_state_kept
 from hesstrace_cli.training.trainer import Trainer
 
 _ROUNDS, _STEPS = 5, 4
+_SECONDS = 0.3  # of a round, to be long beside what else the machine does
+
+Key = TypeVar("Key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,61 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
         name: StepCost(own / medians["none"], memory[name] / memory["none"])
         for name, own in medians.items()
     }
+
+
+def epoch_seconds(configs: Mapping[Key, TrainConfig]) -> dict[Key, float]:
+    """Seconds of an epoch of each row, reading the data included, validation not.
+
+    They are taken as the run's own are, over steps of its beginning, every row's in turn.
+
+    Args:
+        configs: One a row.
+
+    Returns:
+        By the row's key; a row that diverged at once is left out.
+    """
+    with random_state_kept(), contextlib.ExitStack() as stack:
+        clocks = {key: _Clock(Trainer.of(config), stack) for key, config in configs.items()}
+        for _ in range(_ROUNDS):
+            for clock in clocks.values():
+                clock.round()
+    return {key: seconds for key, clock in clocks.items() if (seconds := clock.epoch()) is not None}
+
+
+class _Clock:
+    """Times some more of a run's steps in each round."""
+
+    def __init__(self, trainer: Trainer, stack: contextlib.ExitStack) -> None:
+        self._trainer, self._every = trainer, trainer.config.every
+        steps: Any = trainer.advance()
+        self._steps = stack.enter_context(contextlib.closing(steps))
+        self._of_a_step: list[float] = []
+        first = self._seconds(max(_STEPS, self._every))
+        self._size = self._every * max(
+            math.ceil(_STEPS / self._every),
+            math.ceil(_SECONDS / self._every / first) if first else 1,
+        )
+
+    def _seconds(self, steps: int) -> float | None:
+        """Of a step, on average over some; None at the end of the run, or where it diverges."""
+        before, begun = self._trainer.seconds, self._trainer.step
+        with contextlib.suppress(NumericsError):
+            for _ in itertools.islice(self._steps, steps):
+                pass
+        done = self._trainer.step - begun
+        return (self._trainer.seconds - before) / done if done else None
+
+    def round(self) -> None:
+        """Some steps more."""
+        seconds = self._seconds(self._size)
+        if seconds is not None:
+            self._of_a_step.append(seconds)
+
+    def epoch(self) -> float | None:
+        """Seconds of an epoch, by the median of the rounds."""
+        if not self._of_a_step:
+            return None
+        return statistics.median(self._of_a_step) * self._trainer.steps_per_epoch
 
 
 def penalty_costs(config: DataConfig) -> Iterator[Row]:

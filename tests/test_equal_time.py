@@ -1,0 +1,134 @@
+"""Rows of equal time: epochs by measured seconds, kept, repeated and collected."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+
+import pytest
+import torch
+
+from hesstrace_cli.config import TrainConfig, resolve
+from hesstrace_cli.training import cost
+from tests.conftest import TINY, assert_one_line_error, invoke
+
+FLAGS = (
+    *TINY, "--equal", "time", "--seeds", "0", "--reg", "none", "--reg", "trace", "--reg",
+    "ema=0.9,weight-decay=0", "--tune", "trace=0.001:0.01",
+)  # fmt: skip
+SECONDS = {"none": 1.0, "trace=0.001": 4.2, "ema=0.9,weight-decay=0": 1.5}
+EPOCHS = {"none": 4, "trace=0.001": 1, "trace=0.01": 1, "ema=0.9,weight-decay=0": 3}
+
+
+def config(**settings):
+    given = {"train_examples": 100, "model_arg": {"width": 4}, "epochs": 40, **settings}
+    return resolve(TrainConfig, given, None)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Made seconds; what was asked for, each time."""
+    asked = []
+
+    def seconds(configs):
+        asked.append({name: run.row().name for (*_, name), run in configs.items()})
+        return {cell: SECONDS[cell[-1]] for cell in configs}
+
+    monkeypatch.setattr(cost, "epoch_seconds", seconds)
+    return asked
+
+
+def test_every_row_gets_the_time_of_the_slowest(measured, tmp_path):
+    out = tmp_path / "c"
+    result = invoke(
+        "compare",
+        *FLAGS,
+        "--out",
+        out,
+    )
+    assert result.exit_code == 0, result.output
+    assert "epochs for equal time: none 4, trace=0.001 1," in result.stderr
+    assert measured == [{name: name for name in SECONDS}]  # a strength of each
+    kept = json.loads((out / "equal_time.json").read_text())
+    assert {row["regularizer"]: row["epochs"] for row in kept["rows"]} == EPOCHS
+    for folder in (out / "runs").iterdir():
+        if folder.is_dir():
+            summary = json.loads((folder / "summary.json").read_text())
+            assert summary["epochs"] == EPOCHS[summary["regularizers"]]
+            rates = [
+                json.loads(x)["lr"] for x in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
+            assert len(rates) == summary["epochs"]
+            assert rates[-1] < 0.02  # the schedule goes down over all of them
+    before = json.loads((out / "results.json").read_text())
+    assert len(before["rows"]) == 3
+    assert all(row["difference_to_none"] for row in before["rows"][1:])
+    assert invoke("compare", out).exit_code == 0
+    assert json.loads((out / "results.json").read_text())["rows"] == before["rows"]
+
+
+def test_a_plan_has_the_epochs_and_what_was_measured_holds(measured, tmp_path):
+    out = tmp_path / "c"
+    plan = invoke("compare", *FLAGS, "--out", out, "--plan").stdout.splitlines()
+    assert len(plan) == 4
+    asked = [resolve(TrainConfig, {"reg": [w[w.index("--reg") + 1]]}, None).row().name
+             for line in plan if (w := shlex.split(line))]  # fmt: skip
+    epochs = [int(w[w.index("--epochs") + 1]) for line in plan if (w := shlex.split(line))]
+    assert epochs == [EPOCHS[name] for name in asked]
+    more = invoke("compare", *FLAGS, "--reg", "sam", "--out", out)
+    assert_one_line_error(more, 2, "equal_time.json", "has no sam=0.05", "another --out")
+    longer = invoke("compare", *FLAGS, "--out", out, "--epochs", "7")
+    assert_one_line_error(longer, 2, "is of --epochs 1")
+    assert len(measured) == 1
+    (out / "equal_time.json").write_text("{")
+    assert_one_line_error(invoke("compare", *FLAGS, "--out", out), 2, "is damaged")
+    own = invoke("compare", *FLAGS, "--reg", "epochs=3", "--out", tmp_path / "d")
+    assert_one_line_error(own, 2, "the row epochs=3 has epochs of its own")
+
+
+def test_a_row_that_diverges_at_once_keeps_its_epochs(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "_SECONDS", 1e-3)
+    flags = (*TINY, "--equal", "time", "--seeds", "0", "--warmup", "0", "--epochs", "3")
+    out = tmp_path / "c"
+    result = invoke("compare", *flags, "--reg", "none", "--reg", "trace=1e30", "--out", out)
+    assert result.exit_code == 0, result.output
+    kept = json.loads((out / "equal_time.json").read_text())["rows"]
+    assert kept[1]["seconds_per_epoch"] is None
+    assert [row["epochs"] for row in kept] == [3, 3]
+
+
+def test_what_is_measured_is_the_runs_own_clock(monkeypatch):
+    """Made steps of one second, and two where k is 2 and the penalty is due."""
+    clock = [0.0]
+    monkeypatch.setattr(cost, "_SECONDS", 8.0)
+    monkeypatch.setattr("hesstrace_cli.training.trainer.time.monotonic", lambda: clock[0])
+    taken = []
+
+    def take(trainer, _examples):
+        due = "trace=0.01" in trainer.config.reg and trainer.step % trainer.config.every == 0
+        clock[0] += 2.0 if due else 1.0
+        taken.append(trainer.config.reg)
+
+    monkeypatch.setattr(cost.Trainer, "take_step", take)
+    configs = {"none": config(), "trace": config(reg=["trace=0.01"], every=2)}
+    state = torch.get_rng_state()
+    seconds = cost.epoch_seconds(configs)
+    assert torch.equal(state, torch.get_rng_state())
+    steps = cost.Trainer.of(configs["none"]).steps_per_epoch
+    assert seconds == {"none": steps * 1.0, "trace": steps * 1.5}
+    changes = sum(a != b for a, b in itertools.pairwise(taken))
+    assert changes == 2 * (cost._ROUNDS + 1) - 1  # in turn
+
+
+@pytest.mark.slow
+def test_measured_seconds_are_within_a_tenth(tmp_path):
+    flags = ("--train-examples", "400", "--epochs", "12", "--model-arg", "width=8", "--seeds", "0",
+             "--equal", "time", "--reg", "none", "--reg", "trace", "--reg", "sam", "--reg", "ema",
+             "--out", tmp_path / "c")  # fmt: skip
+    result = invoke("compare", *flags)
+    assert result.exit_code == 0, result.output
+    runs = [json.loads(file.read_text()) for file in tmp_path.glob("c/runs/*/summary.json")]
+    seconds = [run["seconds"] for run in runs]
+    assert len({run["epochs"] for run in runs}) >= 3
+    assert max(seconds) < 1.1 * min(seconds)
