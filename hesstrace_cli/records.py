@@ -465,6 +465,13 @@ class Sensitivity(Origin, ModelSensitivity):
     seconds: float
 
 
+class ChosenRuns(TypedDict):
+    """`chosen.json` of a comparison."""
+
+    by: list[str]
+    runs: list[str]
+
+
 class RowOfEqualTime(TypedDict):
     """How long a row trains for the time of the slowest."""
 
@@ -566,4 +573,5 @@ class Comparison(TypedDict):
     num_runs: int
     num_unfinished: int
     settings: list[dict[str, object]]
+    chosen_by: NotRequired[list[str]]
     rows: list[Row]

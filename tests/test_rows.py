@@ -127,7 +127,11 @@ def test_they_are_rows_of_one_table(compared):
     assert rows[2]["difference_to_none"]["test_loss"]["mean"] is not None
     (folder,) = rows[2]["runs"]
     assert json.loads((Path(folder) / "summary.json").read_text())["epochs"] == 2
+    for said in (result.stderr, (out / "results.md").read_text()):
+        assert "Strengths are chosen by loss on validation." in said
+    assert json.loads((out / "results.json").read_text())["chosen_by"] == ["loss"]
     assert invoke("compare", out).exit_code == 0  # collected alike
+    assert json.loads((out / "results.json").read_text())["chosen_by"] == ["loss"]
     assert json.loads((out / "results.json").read_text())["rows"] == rows
 
 

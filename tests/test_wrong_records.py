@@ -33,7 +33,22 @@ SUMMARY = {
 KINDS = {
     "summary.json": (records.read_summary, SUMMARY),
     "diverged.json": (records.read_diverged, {**PLACE, "reason": "x"}),
-    "chosen.json": (records.read_chosen, ["a", "b"]),
+    "chosen.json": (records.read_chosen, {"by": ["loss"], "runs": ["a", "b"]}),
+    "equal_time.json": (
+        lambda file: records.read_equal_time(file.parent),
+        {
+            "epochs": 3,
+            "rows": [
+                {
+                    "dataset": "d",
+                    "model": "m",
+                    "regularizer": "none",
+                    "epochs": 7,
+                    "seconds_per_epoch": 0.5,
+                }
+            ],
+        },
+    ),
     "planned.json": (records.read_planned, {"runs/a": PLACE, "runs/b": PLACE}),
     "step_cost.json": (records.read_costs, {"none": 1.0, "trace=0.1": 2.5}),
     "metrics.jsonl": (
@@ -130,7 +145,9 @@ def test_a_last_line_that_is_not_whole_is_left_out(tmp_path):
     assert len(records.read_epochs(tmp_path / "metrics.jsonl")) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "summary.json"])
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if name not in ("summary.json", "equal_time.json")]
+)
 def test_compare_names_the_file_that_is_damaged(name, tmp_path):
     run = tmp_path / "c" / "runs" / "r"
     run.mkdir(parents=True)

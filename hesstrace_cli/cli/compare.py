@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hesstrace_cli import records
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.output import say_once
@@ -74,7 +75,7 @@ def compare(
         _train_all(pending, settings.jobs)
     chosen = grid.choose_strengths(runs, settings.tune_by)
     if settings.tune:
-        grid.write_chosen(grid.root(settings), chosen)
+        grid.write_chosen(grid.root(settings), chosen, settings.tune_by)
         _say_choices(runs, chosen, settings.tune_by)
     with screen.doing("timing a step of each row"):
         costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
@@ -138,18 +139,23 @@ def _tabulate_folders(folders: Sequence[str]) -> None:
 
 
 def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
+    from hesstrace_cli.comparison.found import CHOSEN
     from hesstrace_cli.comparison.groups import with_settings
     from hesstrace_cli.comparison.table import tabulate, write
+    from hesstrace_cli.storage.records import read_chosen
 
     found = with_settings(found)
     finished = found.finished
     comparison = tabulate(finished, found.diverged, costs, found.unfinished)
+    chosen = None if out is None else read_chosen(out / CHOSEN)
+    if chosen is not None and chosen["by"]:
+        comparison["chosen_by"] = chosen["by"]
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
     markdown = ""
     for table in tables.comparison_tables(comparison, several=several):
         screen.show(table, kept=out is not None)
         markdown += f"{for_markdown(table.title)}\n\n{markdown_table(table.head, table.rows)}\n"
-    for line in tables.settings_lines(comparison):
+    for line in (*_chosen_by(comparison), *tables.settings_lines(comparison)):
         screen.say(line)
         markdown += f"{for_markdown(line)}\n\n"
     screen.say(tables.READING)
@@ -161,6 +167,12 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
         screen.say(f"results.json, results.csv, results.md and plots are in {out}")
     if found.diverged and not finished:
         raise NumericsError("every run diverged")
+
+
+def _chosen_by(comparison: records.Comparison) -> Iterator[str]:
+    metrics = [metric.replace("_", " ") for metric in comparison.get("chosen_by", ())]
+    if metrics:
+        yield f"Strengths are chosen by {' and '.join(metrics)} on validation."
 
 
 def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:

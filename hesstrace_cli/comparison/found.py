@@ -46,7 +46,8 @@ def collect(folder: Path) -> Found:
     """
     if not is_folder(folder):
         raise ConfigError(f"{str(folder)!r} is no folder, expected one with finished runs")
-    names = read_chosen(folder / CHOSEN)
+    chosen = read_chosen(folder / CHOSEN)
+    names = None if chosen is None else chosen["runs"]
 
     def folders(name: str) -> list[Path]:
         found = sorted(file.parent for file in folder.glob(f"**/{name}"))

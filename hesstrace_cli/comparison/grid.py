@@ -217,10 +217,11 @@ def choose_strengths(runs: Sequence[PlannedRun], by: str | None = None) -> list[
     return chosen
 
 
-def write_chosen(folder: Path, chosen: Sequence[PlannedRun]) -> None:
-    """Note the chosen runs, for `compare DIR` to collect them alone."""
+def write_chosen(folder: Path, chosen: Sequence[PlannedRun], by: str | None) -> None:
+    """Note the chosen runs, for `compare DIR` to collect them alone, and by what it was."""
     names = [run.folder.path.name for run in chosen]
-    write_atomically(folder / CHOSEN, json.dumps(names, indent=2) + "\n")
+    content = {"by": chosen_by(chosen, by), "runs": names}
+    write_atomically(folder / CHOSEN, json.dumps(content, indent=2) + "\n")
 
 
 def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:

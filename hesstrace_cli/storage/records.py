@@ -102,6 +102,7 @@ _SUMMARY = _record(
     },
 )  # fmt: skip
 _DIVERGED = _record(_PLACE, {"reason": _TEXT})
+_CHOSEN = _record({"by": _list_of(_TEXT), "runs": _list_of(_TEXT)})
 _EQUAL_TIME = _record({
     "epochs": _WHOLE,
     "rows": _list_of(_record({
@@ -183,15 +184,15 @@ def read_diverged(file: Path) -> records.Diverged:
     return _checked(_read(file), _DIVERGED, file, "remove it, and the run is tried again")
 
 
-def read_chosen(file: Path) -> list[str] | None:
-    """The names of the runs whose strength was chosen; None where there was no choice.
+def read_chosen(file: Path) -> records.ChosenRuns | None:
+    """The runs whose strength was chosen, and by what; None where there was no choice.
 
     Raises:
         ConfigError: If it is damaged.
     """
     if not is_there(file):
         return None
-    return _checked(_read(file), _list_of(_TEXT), file, "repeat the comparison")
+    return _checked(_read(file), _CHOSEN, file, "repeat the comparison")
 
 
 def read_planned(file: Path) -> dict[str, records.Planned]:
