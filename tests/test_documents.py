@@ -141,7 +141,12 @@ BENCHMARK_FLAGS = {
     "trace_to_tolerance.py": "--networks relu-cnn-bn --examples 8 --epochs 1 --samples 2 "
                              "--truth-products 4 --seconds 1 --cache cache",
 }  # fmt: skip
-SLOW = ("trace_to_tolerance.py", "penalty_settings.py", "--batches 1", "--dataset mnist,fashion-mnist")
+SLOW = (
+    "trace_to_tolerance.py",
+    "penalty_settings.py",
+    "--batches 1",
+    "--dataset mnist,fashion-mnist",
+)
 
 
 FOR_OUR_OWN = {"--model resnet18": "--model small-cnn --model-arg width=2"}

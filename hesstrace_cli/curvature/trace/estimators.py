@@ -7,7 +7,7 @@ these shares: unbiased, and far less variable than one probe shared by all batch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,24 +108,34 @@ def hessian_sampler(objective: Objective, scheme: Scheme = "none", keep_prob: fl
     return _quadratic_sampler(objective, objective.loss, scheme, keep_prob)
 
 
-def residual_sampler(objective: Objective) -> Sampler:
-    """Hutchinson's samples v_t^T (R v)_t of a batch, R = H - G of its mean loss."""
-    return _quadratic_sampler(objective, objective.residual, "none", 1.0)
+def residual_sampler(
+    objective: Objective, linear: Callable[[], Collection[str]] = frozenset
+) -> Sampler:
+    """Hutchinson's samples v_t^T (R v)_t of a batch, R = H - G of its mean loss.
+
+    Args:
+        objective: The mean loss.
+        linear: Names parameters in which the outputs are linear, the others held: R has nothing
+            but zeros in their blocks, so that probes leave them out, with their noise and cost.
+    """
+    return _quadratic_sampler(objective, objective.residual, "none", 1.0, linear)
 
 
 def _quadratic_sampler(
-    objective: Objective, loss: Callable[..., Tensor], scheme: Scheme, keep_prob: float
-) -> Sampler:
+    objective: Objective, loss: Callable[..., Tensor], scheme: Scheme, keep_prob: float,
+    left_out: Callable[[], Collection[str]] = frozenset,
+) -> Sampler:  # fmt: skip
     params = objective.params
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:
-        rows = []
+        rows, without = [], left_out()
+        kept = {name: p for name, p in params.items() if name not in without}
         with naming_fault(objective, batch.X):
-            grad = gradient(loss(params, batch.X, batch.y), params, create_graph=True)
+            grad = gradient(loss(params, batch.X, batch.y), kept, create_graph=True)
             check_graph(*grad.values())
             for _ in range(num_probes):
-                v = draw_probe(params, scheme=scheme, keep_prob=keep_prob, generator=generator)
-                rows.append(quadratic_samples(hvp(grad, params, v), v, params))
+                v = draw_probe(kept, scheme=scheme, keep_prob=keep_prob, generator=generator)
+                rows.append(quadratic_samples(hvp(grad, kept, v), v, params))
         return torch.stack(rows)[:, None]
 
     return sample
@@ -188,7 +198,8 @@ def control_variate_sampler(
 
     tr(G) of a batch is taken once, exactly, and remembered; or by signs, afresh in each pass.
     """
-    residual, signs = residual_sampler(objective), signs_sampler(per_example)
+    residual = residual_sampler(objective, lambda: per_example.linear_blocks)
+    signs = signs_sampler(per_example)
     exact, remembered = exact_sampler(per_example), dict[int, Tensor]()
 
     def sample(batch: Batch, num_probes: int, generator: Generator) -> Tensor:

@@ -63,6 +63,8 @@ class PerExampleTrace:
 
     Attributes:
         is_closed: Whether the output layer is all that there is, so that no columns are needed.
+        linear_blocks: Parameters that the outputs of the last batch sampled are linear in, those of
+            an output layer that was taken apart.
 
     Raises:
         Unfit: If the outputs of an example depend on the others in its batch, or are curved; so do
@@ -76,6 +78,7 @@ class PerExampleTrace:
         self.objective = objective
         self.linear = linear
         self._curved = curved
+        self.linear_blocks: frozenset[str] = frozenset()
         self._examined: dict[tuple[tuple[int, int], bool], dict[str, Layout]] = {}
         check_independence(self._outputs, X, Generator(X.device).manual_seed(0))
         found = self._found(self._outputs(X))
@@ -149,9 +152,10 @@ class PerExampleTrace:
         number: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Unbiased samples of them, shape (num_samples, N, T), a backward pass each."""
-        parts = []
+        parts, linear = [], set(self.objective.params)
         for X_part, y_part, key in self._parts(X, y, number):
             found, is_cut = self._watched(X_part)
+            linear &= set() if found.head is None else set(found.head.names.values())
             apart = self._examine(X_part, key, found, is_cut, apart=True)
             if found.head is not None and (
                 found.head.tied is None or found.head.tied_name in apart
@@ -167,6 +171,7 @@ class PerExampleTrace:
             cotangents = [self.objective.task.root(at, y_part, e) for e in signs]
             own = self._blocks(X_part, found, torch.stack(cotangents), layouts, closed)
             parts.append(own + self._stacked(closed, len(X_part)))
+        self.linear_blocks = frozenset(linear)
         return torch.cat(parts, 1)
 
     def _below(
