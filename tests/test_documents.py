@@ -99,6 +99,8 @@ SMALLER = {
     "--dataset imagefolder:DIR": "--dataset imagefolder:images",
     "imagefolder:CIFAR_DIR": "imagefolder:images",
     "imagefolder:DIR": "imagefolder:images",
+    "text:DIR": "text:text",
+    "--seq-len 128": "--seq-len 8",
     "--data-dir DIR": "--data-dir data",
     "--data-dir data": "--data-dir data",
     "--download": "",
@@ -210,8 +212,9 @@ def workplace(tmp_path_factory):
     for name in ("sample_configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "text").mkdir()
-    for part in ("train", "test"):
+    for part in ("train", "valid", "test"):
         (folder / "text" / f"{part}.txt").write_text("a b c d\n a b a c\n" * 200)
+    (folder / "data" / "wikitext-2").symlink_to(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for script in ("tasks.py data . --examples 80", "text.py text words.npz --windows 40"):
@@ -240,6 +243,8 @@ def run_tool(command, folder):
         for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
     ]
     flags = shlex.split(FLAGS[name])
+    if "plateau" in words:  # goes by the validation
+        flags = flags[: flags.index("--val-fraction")]
     collects = name == "compare" and words and not words[0].startswith("-")
     if collects:
         words, flags = ["cmp"], []

@@ -300,7 +300,7 @@ def trace_record(
         NumericsError: If the loss is not finite.
     """
     begin = time.monotonic()
-    found = ranks.together(lambda: evaluate(model, split, config.batch_size))
+    found = ranks.together(lambda: evaluate(model, split, config.batch_size, alone=True))
     if not math.isfinite(found.loss):
         raise NumericsError(f"the loss is {found.loss} on these {len(split)} examples")
     estimated = estimate(model, split, config, on_pass, population=population, ranks=ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from hesstrace_cli.curvature.data_loss import check_counts
 from hesstrace_cli.curvature.probes import rademacher
 from hesstrace_cli.curvature.statistics import Mean, means
 from hesstrace_cli.data import DataSet, Examples, Split
+from hesstrace_cli.data.windows import EVALUATED_STREAMS, TextSplit, streams
+from hesstrace_cli.models.language import Carrying
 from hesstrace_cli.randomness import stream_generator
 
 MOST_COLUMNS = 32
@@ -43,10 +46,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Examples, batch_size: int) -> Evaluation:
+def evaluate(
+    model: nn.Module, split: Examples, batch_size: int, *, alone: bool = False
+) -> Evaluation:
     """The mean loss and the metrics on a split, in eval mode.
 
-    The host waits for the device once, at the end.
+    A recurrent model reads a text in `EVALUATED_STREAMS` streams, its state carried along each, so
+    that the result does not depend on the batch size. The host waits for the device once, at the
+    end.
+
+    Args:
+        model: The network.
+        split: The examples.
+        batch_size: Of them at a time.
+        alone: Whether each window of a text is read on its own, as a trace takes them.
 
     Raises:
         DataError: If no term of the split counts.
@@ -54,13 +67,30 @@ def evaluate(model: nn.Module, split: Examples, batch_size: int) -> Evaluation:
     check_counts(split.num_terms, len(split))
     task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
     with eval_mode(model):
-        for X, y in split.batches(batch_size):
-            args, kwargs = arguments_of(X)
-            outputs = outputs_of(model(*args, **kwargs))
+        for outputs, y in _outputs(model, split, batch_size, alone):
             total = total.to(outputs.device)
             total += task.loss(outputs, y).double() * task.num_terms(y)
             meter.add(outputs, y)
     return Evaluation(total.item() / split.num_terms, meter.result())
+
+
+def _outputs(
+    model: nn.Module, split: Examples, batch_size: int, alone: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs and targets, batch by batch."""
+    text = isinstance(split, TextSplit) and split.is_consecutive and not alone
+    if not text or not isinstance(model, Carrying):
+        for X, y in split.batches(batch_size):
+            args, kwargs = arguments_of(X)
+            yield outputs_of(model(*args, **kwargs)), y
+        return
+    assert isinstance(split, TextSplit)
+    batches = streams(len(split), EVALUATED_STREAMS)
+    state = model.zero_state(len(batches[0]))
+    for X, y in split.parts(batches):
+        given = model(X, state=state[: len(X)])
+        state = given["state"]
+        yield outputs_of(given), y
 
 
 def finite(number: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -128,6 +129,10 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         "task",
         "class_weights",
         "label_noise",
+        "tokens",
+        "vocab_size",
+        "seq_len",
+        "train_tokens",
     )
     unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
     changes: dict[str, Any] = {
@@ -144,6 +149,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     recorded = own.get("preprocess") if same_data else None
     data = load_data(config, device, dtype=dtype, recorded=recorded)
+    check_vocabulary(own, data, path)
     model = build_model(
         model_name,
         num_classes=own.get("num_classes", data.num_classes),
@@ -163,6 +169,26 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
     return Loaded(
         model, data, model_name, split, population, said, own.get("epoch"), notes
     )  # fmt: skip
+
+
+def check_vocabulary(content: Mapping[str, Any], data: DataSet, name: str) -> None:
+    """Refuse a checkpoint to which the numbers of tokens mean something else.
+
+    Args:
+        content: Of the checkpoint.
+        data: That it is to be used on.
+        name: The checkpoint's, for the error.
+
+    Raises:
+        ModelError: Saying what either vocabulary is.
+    """
+    said = content.get("vocabulary")
+    if None not in (said, data.vocabulary) and said != data.vocabulary:
+        raise ModelError(
+            f"checkpoint {name!r} is of another vocabulary ({said}) than {data.name} gives here "
+            f"({data.vocabulary}); --tokens, --vocab-size and --train-tokens must be those of its "
+            "run, and the training text the same"
+        )
 
 
 def _warnings(model: nn.Module, data: DataSet, config: CheckpointConfig) -> list[str]:

@@ -35,8 +35,9 @@ def run_in_precision(model: nn.Module, precision: str, device: torch.device) -> 
             return forward(*args, **kwargs)
         # Without the cache: it holds weights of another call under functional transforms.
         with torch.autocast(device.type, dtype, cache_enabled=False):
-            outputs = outputs_of(forward(*args, **kwargs))
-        return outputs.float()
+            given = forward(*args, **kwargs)
+        outputs = outputs_of(given).float()
+        return {**given, "logits": outputs} if "state" in kwargs else outputs
 
     model.forward = in_half
 

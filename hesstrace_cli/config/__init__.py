@@ -1,6 +1,7 @@
 """The settings of every command, by flags and YAML. Nothing here imports torch."""
 
 from hesstrace_cli.config.commands import (
+    SEQ_LEN,
     TASK_NAMES,
     CheckpointConfig,
     CompareConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "LARGEST",
     "LARGEST_SHIFT",
     "REGULARIZERS",
+    "SEQ_LEN",
     "SMALLEST_SCALE",
     "TASK_NAMES",
     "CheckpointConfig",

@@ -27,6 +27,8 @@ from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
 TASK_NAMES = task_names()
+SEQ_LEN = 35
+"""Tokens of a window of a text where `--seq-len` does not say it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class DataConfig:
 
     model: str | None = option(
         None,
-        "small-cnn, mlp, resnet18, resnet50, wrn-16-4, wrn-28-10, torchvision:NAME, "
+        "small-cnn, mlp, resnet18, resnet50, wrn-16-4, wrn-28-10, lstm, gpt, torchvision:NAME, "
         "FILE.py:factory or package.module:factory",
         panel="Model and data",
     )
@@ -59,13 +61,14 @@ class DataConfig:
     )
     dataset: str | None = option(
         None,
-        "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagefolder:DIR, FILE.npz "
-        "or FILE.py:factory",
+        "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, wikitext-2, text:DIR, "
+        "imagefolder:DIR, FILE.npz or FILE.py:factory",
         panel="Model and data",
     )
     data_dir: str | None = option(
-        None, "folder with torchvision's data files (default: data)", panel="Model and data"
-    )
+        None, "folder with torchvision's data files, or with the folder wikitext-2 (default: data)",
+        panel="Model and data",
+    )  # fmt: skip
     download: bool = option(False, "allow torchvision to fetch the data", panel="Model and data")
     mean: list[float] | None = option(
         None, "means to subtract, one or one a channel (0.5,0.5,0.5)", panel="Model and data",
@@ -80,11 +83,29 @@ class DataConfig:
         minimum=1, maximum=2**16,
     )  # fmt: skip
     train_examples: int | None = option(
-        None, "train on a fixed stratified subset of N examples", panel="Model and data", minimum=1
-    )
+        None, "train on a fixed stratified subset of N examples; of a text on its first N windows",
+        panel="Model and data", minimum=1,
+    )  # fmt: skip
+    tokens: str | None = option(
+        None, "of a text: words, characters, bytes, or those of the tokenizer in a folder "
+        "(default: word)", panel="Model and data", metavar="word|char|byte|DIR",
+    )  # fmt: skip
+    vocab_size: int | None = option(
+        None, "keep the most frequent words or characters, so many with <unk>, which stands for "
+        "the others (default: all)", panel="Model and data", minimum=2,
+    )  # fmt: skip
+    seq_len: int | None = option(
+        None, f"tokens of a window of a text (default: {SEQ_LEN})", panel="Model and data",
+        minimum=1,
+    )  # fmt: skip
+    train_tokens: int | None = option(
+        None, "train on the first N tokens of a text, and count these for the vocabulary",
+        panel="Model and data", minimum=2,
+    )  # fmt: skip
     val_fraction: float | None = option(
         None,
-        "share of the training data held out for validation (default: 0.1)",
+        "share of the training data held out for validation (default: 0.1); a text has a file "
+        "for it, which 0 leaves out",
         panel="Model and data",
         minimum=0,
         maximum=0.9,
@@ -137,6 +158,8 @@ class TrainConfig(DataConfig):
     dataset: str = inherited(DataConfig, "dataset", "digits")
     task: str = inherited(DataConfig, "task", "auto")
     data_dir: str = inherited(DataConfig, "data_dir", "data")
+    tokens: str = inherited(DataConfig, "tokens", "word")
+    seq_len: int = inherited(DataConfig, "seq_len", SEQ_LEN)
     val_fraction: float = inherited(DataConfig, "val_fraction", 0.1)
     batch_size: int = inherited(DataConfig, "batch_size", 32)
     epochs: int = option(60, "passes over the training data", panel="Training", minimum=1)
@@ -145,12 +168,25 @@ class TrainConfig(DataConfig):
     nesterov: bool = option(False, "Nesterov's form of the momentum", panel="Training")
     weight_decay: float = option(5e-4, "weight decay", panel="Training", minimum=0)
     optimizer: str = option("sgd", "optimizer", panel="Training", choices=("sgd", "adamw"))
+    weight_decay_on: str = option(
+        "all", "what decays: all parameters, or those with two dimensions and more, without biases "
+        "and norms", panel="Training", choices=("all", "matrices"),
+    )  # fmt: skip
     schedule: str = option(
         "cosine",
-        "learning rate over the run; step: times 0.2 at 30, 60 and 80 %",
+        "learning rate over the run; step: times 0.2 at 30, 60 and 80 %; plateau: a quarter after "
+        "each epoch that is not the best on validation so far",
         panel="Training",
-        choices=("constant", "cosine", "step"),
+        choices=("constant", "cosine", "step", "plateau"),
     )
+    lr_warmup: float = option(
+        0.0, "fraction of the run over which the learning rate rises from 0", panel="Training",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    clip_grad: float | None = option(
+        None, "scale the gradient, penalties' part included, down to this norm (default: never)",
+        panel="Training", above=0,
+    )  # fmt: skip
     augment: str = option(
         "none", "augmentation of images", panel="Training", choices=("none", "crop-flip")
     )
@@ -290,6 +326,8 @@ class TrainConfig(DataConfig):
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ConfigError("--nesterov is a form of SGD's momentum; --momentum is 0 or "
                               "--optimizer is not sgd")  # fmt: skip
+        if self.schedule == "plateau" and not self.val_fraction:
+            raise ConfigError("--schedule plateau goes by the validation; --val-fraction is 0")
         if self.sync_bn and (self.accumulate > 1 or self.compile):
             raise ConfigError("--sync-bn cannot be combined with --accumulate or --compile")
         if self.form == "example" and self.curvature == "hessian":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hesstrace_cli.config import LARGEST, DataConfig, TrainConfig
+from hesstrace_cli.config import LARGEST, SEQ_LEN, DataConfig, TrainConfig
 from hesstrace_cli.data.checks import example_of, same_kind, stacked, targets_of
 from hesstrace_cli.data.held import HeldSplit
 from hesstrace_cli.data.label_noise import Relabelled, noisy
@@ -26,6 +26,8 @@ from hesstrace_cli.data.splits import (
     stratified_order,
 )
 from hesstrace_cli.data.targets import balanced_weights, count_outputs, task_and_reason
+from hesstrace_cli.data.text import is_text, read_text
+from hesstrace_cli.data.windows import TextSplit
 from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.tasks import Task, task_of
 
@@ -43,13 +45,14 @@ class DataSet:
     Attributes:
         name: As given on the command line.
         train: The training examples, without those held out.
-        val: The examples held out of the training data; None without validation.
+        val: The examples held out of the training data, or a text's own; None without validation.
         test: The test examples.
         num_classes: How many outputs a model needs: the classes, numbered from 0, or the numbers
             of a target.
         in_shape: Shape of one input.
         preprocess: What is done to every batch.
         task_reason: Why it is this task.
+        vocabulary: What the numbers of a text's tokens mean, in a few words; None of no text.
     """
 
     name: str
@@ -60,6 +63,7 @@ class DataSet:
     in_shape: tuple[int, ...]
     preprocess: Preprocess
     task_reason: str
+    vocabulary: str | None = None
 
     @property
     def task(self) -> Task:
@@ -94,6 +98,11 @@ def load_data(
         DataError: If it is missing, empty, or holds inputs or targets that the task does not take.
     """
     assert config.dataset is not None
+    if is_text(config.dataset):
+        return _load_text(config, device)
+    if config.vocab_size is not None or config.train_tokens is not None:
+        flag = "--train-tokens" if config.vocab_size is None else "--vocab-size"
+        raise ConfigError(f"{flag} is for a text; --dataset is {config.dataset}, leave it out")
     source = open_source(
         config.dataset, data_dir=config.data_dir or "data", download=config.download,
         image_size=config.image_size,
@@ -135,6 +144,41 @@ def load_data(
             "expected the same"
         )
     return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess, reason)
+
+
+def _load_text(config: DataConfig, device: torch.device) -> DataSet:
+    """A text's own three parts, cut into windows."""
+    name = str(config.dataset)
+    if config.task not in (None, "auto", "tokens"):
+        raise ConfigError(
+            f"--task is {config.task}, and {name} is a text, of which the next token is predicted; "
+            "leave it out"
+        )
+    if config.mean is not None or config.image_size is not None:
+        raise ConfigError(f"--mean, --std and --image-size are of images, and {name} is a text")
+    if config.label_noise:
+        raise ConfigError(f"--label-noise is of labels, and {name} is a text, which has none")
+    text = read_text(config)
+    size, length = text.vocabulary.size, config.seq_len or SEQ_LEN
+    if config.num_classes not in (None, size):
+        raise ConfigError(
+            f"--num-classes is {config.num_classes}, and the vocabulary of {name} has {size} "
+            "tokens; --vocab-size makes it smaller"
+        )
+    weights = config.class_weights_given()
+    task = task_of("tokens", class_weights=weights, ignore_index=config.ignore_index)
+    if config.class_weights == "balanced":
+        balanced = balanced_weights(text.train[1:], size, task)
+        task = task_of("tokens", class_weights=balanced, ignore_index=config.ignore_index)
+
+    def split(part: Tensor) -> TextSplit:
+        return TextSplit.of(part.to(device), length, task, config.ignore_index)
+
+    return DataSet(
+        name, split(text.train), None if text.valid is None else split(text.valid),
+        split(text.test), size, (length,), Preprocess(), "each next token of a text",
+        str(text.vocabulary),
+    )  # fmt: skip
 
 
 def _at_once(split: Split) -> Split:

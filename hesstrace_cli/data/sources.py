@@ -87,7 +87,8 @@ _TORCHVISION = {
 
 def is_data_plugin(spec: str) -> bool:
     """Whether opening this data set imports code of the user's."""
-    return ":" in spec and not spec.startswith("imagefolder:") and not spec.endswith(".npz")
+    plain = spec.startswith(("imagefolder:", "text:")) or spec.endswith(".npz")
+    return ":" in spec and not plain
 
 
 def open_source(
@@ -112,17 +113,20 @@ def open_source(
                 f"--image-size does not resize what {spec!r} gives; resize there, or leave it out"
             )
         return _plugin(spec)
-    known = ["digits", *_TORCHVISION]
+    known = ["digits", *_TORCHVISION, "wikitext-2"]
     raise ConfigError(
         f"no data set is called {shortened(spec)}{_meant(spec, known)} Known: {', '.join(known)}, "
-        "imagefolder:DIR, FILE.npz, FILE.py:factory"
+        "imagefolder:DIR, text:DIR, FILE.npz, FILE.py:factory"
     )
 
 
 def _meant(spec: str, known: Sequence[str]) -> str:
     """Half a sentence on a name that is not known."""
     if is_folder(spec):
-        return f"; for a folder of images write {shortened('imagefolder:' + spec)}."
+        return (
+            f"; for a folder of images write {shortened('imagefolder:' + spec)}, for one with a "
+            f"text {shortened('text:' + spec)}."
+        )
     if spec.endswith(".py"):
         return f"; a file's factory is named behind a colon: {shortened(spec + ':data')}."
     return did_you_mean(spec, known)

@@ -16,6 +16,7 @@ from hesstrace_cli.config import did_you_mean, likely, shortened
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
+from hesstrace_cli.models.language import GPT, LSTM
 from hesstrace_cli.models.small import MLP, small_cnn
 from hesstrace_cli.plugins import accepted, call_factory, is_factory, load_factory
 from hesstrace_cli.randomness import random_state_kept, seed_defaults
@@ -27,6 +28,8 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "resnet50": partial(cifar_resnet, torchvision_models.resnet50),
     "wrn-16-4": partial(WideResNet, depth=16, widen=4),
     "wrn-28-10": partial(WideResNet, depth=28, widen=10),
+    "lstm": LSTM,
+    "gpt": GPT,
 }
 TORCHVISION = "torchvision:"
 

@@ -16,7 +16,12 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _activation(name: str) -> nn.Module:
+def activation_of(name: str) -> nn.Module:
+    """A module by its name.
+
+    Raises:
+        ValueError: If none is called so.
+    """
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]()
@@ -54,7 +59,7 @@ def small_cnn(
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none")
-        return [conv, _norm(norm, outputs), _activation(activation)]
+        return [conv, _norm(norm, outputs), activation_of(activation)]
 
     # Adaptive pooling's backward on a GPU promises no order of summation; where the windows are
     # all equal it is not needed.
@@ -88,7 +93,7 @@ class MLP(nn.Module):
         sizes = [math.prod(in_shape), *[width] * depth]
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), _activation(activation)]
+            layers += [nn.Linear(inputs, outputs), activation_of(activation)]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
 
     def forward(self, X: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class Step:
         state: Of the randomness that all parts of the batch share; see `shared_generator`.
         gathered: What each `Coupled.gather` gave, by its name, summed over the parts; None where
             the batch has one part.
+        end: The state that a recurrent model ended with, shape (N, ...); None where none is
+            carried.
     """
 
     objective: Objective
@@ -93,6 +95,7 @@ class Step:
     generator: Generator
     state: Tensor
     gathered: Mapping[str, list[Tensor]] | None = None
+    end: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:

@@ -163,5 +163,7 @@ def files_of(name: str) -> list[str]:
     if name.startswith("imagefolder:"):
         folder = Path(name.removeprefix("imagefolder:"))
         return [str(folder / part) for part in ("train", "val", "test")]
+    if name.startswith("text:"):
+        return [name.removeprefix("text:")]
     where, _, factory = name.rpartition(":")
     return [where if factory.isidentifier() and where.endswith(".py") else name]

@@ -108,8 +108,8 @@ def check_state(
             f"steps and the run {total_steps}: are the data others?"
         )
     for name, value in made_for.items():
-        if content[name] != value:
-            raise ModelError(f"its {name} is {content[name]}, the data's is {value}")
+        if content.get(name) != value:
+            raise ModelError(f"its {name} is {content.get(name)}, the data's is {value}")
     _check_optimizer(content["optimizer"], optimizer)
     if content["scaler"].keys() != scaler.state_dict().keys():
         raise ModelError("its scaler is not one of this --precision")

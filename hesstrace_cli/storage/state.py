@@ -98,6 +98,11 @@ def _is_scaler(value: Any) -> bool:
     return isinstance(value, dict) and all(is_number(x) and x >= 0 for x in value.values())
 
 
+def _is_carried(value: Any) -> bool:
+    plain = type(value) is Tensor and value.layout is torch.strided and not value.is_meta
+    return plain and value.is_floating_point() and bool(value.isfinite().all())
+
+
 # A field, what holds of it, and how to say that.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "state_dict": (_is_state_dict, "tensors by name"),
@@ -115,9 +120,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "versions": (lambda value: isinstance(value, dict), "versions by name"),
     "in_training": (_is_state_dict, "tensors by name"),
     "num_averaged": (lambda value: is_whole(value, 1), "a whole number, at least 1"),
+    "plateaus": (is_whole, "a whole number, at least 0"),
+    "vocabulary": (lambda value: isinstance(value, str), "a text"),
+    "carried": (_is_carried, "the state of a recurrent model"),
 }
 _ALWAYS = ("state_dict", "config")
-_OF_AVERAGES = ("in_training", "num_averaged")
+_OF_SOME = ("in_training", "num_averaged", "plateaus", "vocabulary", "carried")
+"""That a run may do without, by its data and settings."""
 
 
 def checked(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def check_whole(content: Mapping[str, Any]) -> None:
         ModelError: Naming the first field that is missing.
     """
     for name in _FIELDS:
-        if name not in content and name not in _OF_AVERAGES:
+        if name not in content and name not in _OF_SOME:
             raise ModelError(f"it has no {name}")
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
+from hesstrace_cli.autodiff.arguments import arguments_of
 from hesstrace_cli.autodiff.calls import outputs_of, trainable
 from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import TrainConfig
@@ -117,7 +118,7 @@ class Stepper:
 
     def step(
         self, examples: Sequence[Examples], index: int, progress: float, lr: float, sums: EpochSums
-    ) -> None:
+    ) -> list[Tensor]:
         """Move the weights.
 
         Args:
@@ -126,6 +127,9 @@ class Stepper:
             progress: The share of the run that is done.
             lr: The learning rate.
             sums: Gets the step's figures.
+
+        Returns:
+            The states that a recurrent model ended with, part by part; none where none is carried.
 
         Raises:
             NumericsError: If the loss or its gradient is not finite; the weights have not moved.
@@ -136,13 +140,15 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=sums.loss.device)
+        total, ends = torch.zeros((), device=sums.loss.device), []
         for number, each in enumerate(prepared):
             step = kept[number] if kept else self._forward(each, index, progress)
             step = dataclasses.replace(step, gathered=gathered)
             loss = self._add_terms(step, sums, first=number == 0)
             self._backward(loss, step)
             total += loss.detach()
+            if step.end is not None:
+                ends.append(step.end)
             if step.part.share:
                 self._count(step, each, sums)
         if self.is_sharded:
@@ -151,7 +157,11 @@ class Stepper:
         else:
             self._sum_gradients(total)
         self.scaler.unscale_(self.optimizer)
-        self._check_finite(total, index)
+        norm = self._gradient_norm()
+        self._check_finite(total, norm, index)
+        if self.config.clip_grad is not None:
+            params = self.objective.model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -160,6 +170,7 @@ class Stepper:
             self._in_a_row += 1
         else:
             self._in_a_row = 0
+        return ends
 
     def _backward(self, loss: Tensor, step: Step) -> None:
         with naming_fault(self.objective, step.X):
@@ -192,13 +203,15 @@ class Stepper:
     def _forward(self, batch: _Prepared, index: int, progress: float) -> Step:
         if self.norms is not None:
             self.norms.weight = float(batch.part.share > 0)
+        args, kwargs = arguments_of(batch.X)
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
                 by_example = any(regularizer.by_example for regularizer in self.regularizers)
                 with differentiable_ops(order=self.order, by_example=by_example):
-                    outputs = outputs_of(self.objective.model(batch.X))
+                    given = self.objective.model(*args, **kwargs)
             else:
-                outputs = outputs_of(self._model(batch.X))
+                given = self._model(*args, **kwargs)
+            outputs = outputs_of(given)
             if not batch.part.share:  # nothing may flow into others' examples through synced norms
                 outputs = outputs.detach() + 0 * outputs
             loss = self.objective.task.loss(outputs, batch.targets)
@@ -207,7 +220,7 @@ class Stepper:
             objective = dataclasses.replace(objective, params=trainable(objective.model))
         return Step(
             objective, batch.X, batch.targets, outputs, loss, batch.part, index, progress,
-            batch.generator, batch.state,
+            batch.generator, batch.state, end=given["state"] if "state" in kwargs else None,
         )  # fmt: skip
 
     def _is_given(self, index: int, progress: float) -> bool:
@@ -282,10 +295,12 @@ class Stepper:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.ranks.sum_([p.grad for p in params if p.grad is not None])
 
-    def _check_finite(self, total: Tensor, index: int) -> None:
+    def _gradient_norm(self) -> Tensor:
         grads = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads)
-        size = size.full_tensor() if isinstance(size, DTensor) else size
+        return size.full_tensor() if isinstance(size, DTensor) else size
+
+    def _check_finite(self, total: Tensor, size: Tensor, index: int) -> None:
         if self.scaler.is_enabled() and self._in_a_row < _MOST_SKIPPED:
             size = torch.zeros_like(size)  # an overflow there: the scaler leaves the step out
         if not torch.isfinite(total + size):

@@ -43,6 +43,8 @@ def summarize(
         NumericsError: If a loss is not finite.
     """
     batch_size = max(config.batch_size, 256)
+    if data.vocabulary is not None:  # logits of a large vocabulary are as large as training's
+        batch_size = config.batch_size
     train, test = (evaluate(model, split, batch_size) for split in (data.train, data.test))
     val = None if data.val is None else evaluate(model, data.val, batch_size)
     if not math.isfinite(train.loss + test.loss):

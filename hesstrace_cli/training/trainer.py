@@ -17,18 +17,25 @@ from torch.amp import GradScaler
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import trace_record
 from hesstrace_cli.analysis.evaluation import Evaluation, evaluate, finite
-from hesstrace_cli.analysis.loading import check_fit, check_training_output, select_device
+from hesstrace_cli.analysis.loading import (
+    check_fit,
+    check_training_output,
+    check_vocabulary,
+    select_device,
+)
 from hesstrace_cli.autodiff.calls import native_outputs, trainable
 from hesstrace_cli.autodiff.precision import deterministic_algorithms, run_in_precision
 from hesstrace_cli.config import EstimateConfig, TrainConfig
 from hesstrace_cli.config.schedule import learning_rate
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data import DataSet, load_data, stratified_order
+from hesstrace_cli.data.windows import TextSplit, streams
 from hesstrace_cli.distributed import sharding
 from hesstrace_cli.distributed.parallel import Ranks, join
 from hesstrace_cli.distributed.sync_norm import sync_norms
 from hesstrace_cli.errors import ConfigError, ModelError
 from hesstrace_cli.models import build_model
+from hesstrace_cli.models.language import Carrying
 from hesstrace_cli.randomness import (
     derived_seed,
     random_state_kept,
@@ -41,6 +48,7 @@ from hesstrace_cli.storage.resume import check_state
 from hesstrace_cli.storage.state import EpochSums
 from hesstrace_cli.tasks.base import shape_of
 from hesstrace_cli.training.average import Averaged
+from hesstrace_cli.training.carried import Carried
 from hesstrace_cli.training.step import Examples, Stepper, split_batch
 
 _MONITORED_EXAMPLES = 500
@@ -81,7 +89,9 @@ class Trainer:
         objective: The loss trained on.
         regularizers: With their strengths.
         average: The averaged network beside the model, if there is one.
+        carried: The state that the model carries along a text; None where it has none.
         step: Steps done.
+        plateaus: Epochs that were no better on validation than all before.
         seconds: The time they took.
         sums: What the epoch at hand has added up.
 
@@ -111,7 +121,8 @@ class Trainer:
             scaler=GradScaler(device.type, enabled=config.precision == "fp16"),
             norms=sync_norms(self.model, ranks) if config.sync_bn else None,
         )  # fmt: skip
-        self.step, self.seconds, self.best_score = 0, 0.0, -math.inf
+        self.carried = self._build_carried()
+        self.step, self.seconds, self.best_score, self.plateaus = 0, 0.0, -math.inf, 0
         self.sums = EpochSums.zero(device)
         self.average = self._build_average()
 
@@ -144,7 +155,9 @@ class Trainer:
             seed=derived_seed(config.seed, "weights"),
         )
         if config.init is not None:
-            load_weights(model, read_checkpoint(config.init).state_dict, config.init)
+            checkpoint = read_checkpoint(config.init)
+            check_vocabulary(checkpoint.content, self.data, config.init)
+            load_weights(model, checkpoint.state_dict, config.init)
         return model
 
     def _build_model(self) -> nn.Module:
@@ -224,14 +237,24 @@ class Trainer:
             return False
         return True
 
+    def _build_carried(self) -> Carried | None:
+        text = isinstance(self.data.train, TextSplit) and self.data.train.is_consecutive
+        return (
+            Carried(self.model, self.ranks) if text and isinstance(self.model, Carrying) else None
+        )
+
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        config, params = self.config, trainable(self.model).values()
+        config, params = self.config, list(trainable(self.model).values())
+        groups: list[dict[str, Any]] = [{"params": params, "weight_decay": config.weight_decay}]
+        if config.weight_decay_on == "matrices":
+            groups[0]["params"] = [p for p in params if p.dim() > 1]
+            groups.append({"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0})
+        groups = [group for group in groups if group["params"]]
         if config.optimizer == "adamw":
-            return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+            return torch.optim.AdamW(groups, lr=config.lr)
         return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )  # fmt: skip
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
 
     def _build_regularizers(self) -> list[Regularizer]:
         """Build them, and let them change the loss and look at it.
@@ -312,14 +335,14 @@ class Trainer:
                 yield from self._epoch(epoch, first)
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Progress]:
-        generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
-        order = torch.randperm(len(self.data.train), generator=generator)
-        order = order[: self.steps_per_epoch * self.config.batch_size]
-        batches = order.split(self.config.batch_size)[first:]
+        batches = self._batches(epoch)[first:]
         self.model.train()
         begin = time.monotonic()
         for index, examples in enumerate(self.examples(batches), start=first + 1):
-            self.take_step(examples)
+            if self.carried is None:
+                self.take_step(examples)
+            else:
+                self.carried.take(examples, self.take_step(self.carried.given(examples)))
             self.step += 1
             self.seconds += time.monotonic() - begin
             if index == self.steps_per_epoch:
@@ -329,6 +352,15 @@ class Trainer:
                 yield Progress(epoch + 1, index, self.steps_per_epoch)
             begin = time.monotonic()
 
+    def _batches(self, epoch: int) -> Sequence[Tensor]:
+        """The rows of an epoch's batches: at random, or along the text where a state is carried."""
+        size, batch_size = len(self.data.train), self.config.batch_size
+        if self.carried is not None:
+            return streams(size, batch_size)
+        generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(size, generator=generator)
+        return order[: self.steps_per_epoch * batch_size].split(batch_size)
+
     def examples(self, batches: Sequence[Tensor]) -> Iterator[list[Examples]]:
         """This process's parts of batches that are given by their rows in the training set."""
         parts = [self._parts(len(batch)) for batch in batches]
@@ -337,19 +369,22 @@ class Trainer:
         for own in parts:
             yield [(*next(loaded), part) for part in own]
 
-    def take_step(self, examples: Sequence[Examples]) -> None:
+    def take_step(self, examples: Sequence[Examples]) -> list[Tensor]:
         """Move the weights as step number `step` does, which is for the caller to raise.
+
+        It gives the states that a recurrent model ended with, see `Stepper.step`.
 
         The global random state, which the model's own Dropout draws from, is seeded for the step,
         so that a run resumed in mid-epoch needs none saved, in any of its processes.
         """
         seed_defaults(derived_seed(self.config.seed, "model", self.step, self.ranks.rank))
         progress = self.step / self.total_steps
-        lr = learning_rate(self.config, progress)
+        lr = learning_rate(self.config, progress, self.plateaus)
         with deterministic_algorithms(self.device):
-            self.stepper.step(examples, self.step, progress, lr, self.sums)
+            ends = self.stepper.step(examples, self.step, progress, lr, self.sums)
         if self.average is not None:
             self.average.add(self.model, self.step + 1)
+        return ends
 
     def _renew_average(self) -> None:
         """Make the averaged network ready to be judged, and the first of its epochs the best."""
@@ -389,7 +424,11 @@ class Trainer:
         if self.config.monitor_trace and epoch % self.config.monitor_trace == 0:
             record["trace"], record["trace_stderr"] = self._monitored_trace()
         self.sums = EpochSums.zero(self.device)
-        return record, found is not None and self._is_best(found)
+        if self.carried is not None:
+            self.carried.state = None
+        is_best = found is not None and self._is_best(found)
+        self.plateaus += found is not None and not is_best
+        return record, is_best
 
     def _is_best(self, found: Evaluation) -> bool:
         """By the task's own metric; the first epoch of several that are alike."""
@@ -446,6 +485,8 @@ class Trainer:
         model, optimizer = self.judged.state_dict(), self.optimizer.state_dict()
         if self.is_sharded:
             model, optimizer = sharding.whole(model), sharding.whole(optimizer)
+        state = None if self.carried is None else self.carried.state
+        carried = {} if state is None else {"carried": state}
         return {
             "state_dict": model,
             "optimizer": optimizer,
@@ -453,10 +494,12 @@ class Trainer:
             "epoch": self.epoch,
             "seconds": self.seconds,
             "best_score": self.best_score,
+            "plateaus": self.plateaus,
             "sums": dataclasses.asdict(self.sums),
             "scaler": self.stepper.scaler.state_dict(),
             **self._made_for(),
             **self._in_training(),
+            **carried,
         }
 
     def _in_training(self) -> dict[str, Any]:
@@ -471,10 +514,12 @@ class Trainer:
 
     def _made_for(self) -> dict[str, Any]:
         """What a checkpoint says of the data."""
+        text = {} if self.data.vocabulary is None else {"vocabulary": self.data.vocabulary}
         return {
             "preprocess": self.data.preprocess.as_dict(),
             "num_classes": self.data.num_classes,
             "in_shape": list(self.data.in_shape),
+            **text,
         }
 
     def check_state(self, checkpoint: dict[str, Any]) -> None:
@@ -494,6 +539,8 @@ class Trainer:
                 f"it has the average of {count} weights, and after step {checkpoint['step']} the "
                 f"run's is of {expected}"
             )
+        if self.carried is not None and checkpoint["step"] % self.steps_per_epoch:
+            self.carried.check(checkpoint, min(self.config.batch_size, len(self.data.train)))
 
     def load_state(
         self,
@@ -519,6 +566,9 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best_score = checkpoint["best_score"]
+        self.plateaus = checkpoint.get("plateaus", 0)
+        if self.carried is not None and "carried" in checkpoint:
+            self.carried.state = checkpoint["carried"].to(self.device)
         self.stepper.scaler.load_state_dict(checkpoint["scaler"])
         saved: dict[str, Any] = checkpoint["sums"]
         moved: dict[str, Any] = {

@@ -1,0 +1,158 @@
+"""LSTM and GPT, tied and not, against dense float64; what they are in words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hesstrace_cli.analysis import method_choice
+from hesstrace_cli.analysis.estimation import estimate
+from hesstrace_cli.analysis.evaluation import evaluate
+from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.config import EstimateConfig
+from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.errors import ModelError
+from hesstrace_cli.models import build_model
+from hesstrace_cli.models.language import Carrying
+from hesstrace_cli.tasks import Tokens
+from tests.language.cases import SMALL, T, V, block_traces, mean_loss, model_of, numbers, text
+
+
+@pytest.fixture(params=SMALL)
+def name(request):
+    return request.param
+
+
+def test_the_exact_diagonal(name, monkeypatch):
+    monkeypatch.setattr(method_choice, "MAX_DIAGONAL", 1000)
+    config = EstimateConfig(method="exact", dtype="float64", batch_size=3)
+    found = estimate(model_of(name), text(), config)
+    for each, truth in block_traces(name, "hessian").items():
+        assert found.per_layer[each] == (pytest.approx(truth, rel=1e-9, abs=1e-12), 0), each
+
+
+@pytest.mark.parametrize(
+    ("method", "curvature"), [("hutchinson", "hessian"), ("hutchinson", "ggn"), ("auto", "ggn")]
+)
+def test_the_estimated_trace(name, method, curvature):
+    config = EstimateConfig(
+        method=method, curvature=curvature, dtype="float64", batch_size=4, rtol=0, max_passes=12
+    )
+    found = estimate(model_of(name), text(), config)
+    blocks = block_traces(name, curvature)
+    truth = math.fsum(blocks.values())
+    assert abs(found.value - truth) < 5 * found.stderr
+    assert found.stderr < 0.5 * abs(truth)
+    for each, (value, stderr) in found.per_layer.items():
+        assert abs(value - blocks[each]) < 6 * stderr + 1e-9 * abs(truth), each
+
+
+def test_the_gradient(name):
+    """Of the loss that is trained on, against finite differences of the mean in words."""
+    model, split = model_of(name), text()
+    params = trainable(model)
+    ((X, y),) = split.batches(100)
+    loss = Objective(model, params, Tokens()).loss(params, X, y)
+    grads = torch.autograd.grad(loss, list(params.values()))
+    generator, step = torch.Generator().manual_seed(3), 1e-6
+    for (each, p), grad in zip(params.items(), grads, strict=True):
+        assert grad.abs().sum() > 0, each
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        high, low = (
+            mean_loss(model, split, {**params, each: p.detach() + sign * step * direction}).item()
+            for sign in (1, -1)
+        )
+        slope = (high - low) / (2 * step)
+        assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-9), each
+
+
+def test_an_lstm_in_words():
+    """Gates written out, layer by layer and token by token, from a given state."""
+    model = model_of("lstm")
+    X, state = numbers(2 * T).view(2, T), torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    rows = [model.embedding(X[:, t]) for t in range(T)]
+    ends = []
+    for number, layer in enumerate(model.layers):
+        h, c = state[:, 0, number], state[:, 1, number]
+        for t in range(T):
+            gates = F.linear(rows[t], layer.weight_ih_l0, layer.bias_ih_l0)
+            gates = gates + F.linear(h, layer.weight_hh_l0, layer.bias_hh_l0)
+            i, f, g, o = gates.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            rows[t] = h
+        ends.append(torch.stack([h, c], 1))
+    given = model(X, state=state)
+    torch.testing.assert_close(given["logits"], model.decoder(torch.stack(rows, 1)))
+    torch.testing.assert_close(given["state"], torch.stack(ends, 2))
+    fresh = model(X, state=model.zero_state(2))["logits"]
+    assert torch.equal(model(X), fresh)
+
+
+def test_a_gpt_sees_what_came_before_alone():
+    model = model_of("gpt")
+    X = numbers(T)[None]
+    other = X.clone()
+    other[0, 1] = (other[0, 1] + 1) % V
+    a, b = model(X), model(other)
+    assert torch.equal(a[:, :1], b[:, :1])
+    assert not torch.isclose(a[:, 1:], b[:, 1:]).any()
+    moved = X.flip(1)
+    assert not torch.isclose(model(moved).flip(1)[0, -1], model(X)[0, 0]).all()  # positions count
+
+
+@pytest.mark.parametrize("spec", ["lstm", "gpt"])
+def test_tied_weights_are_one(spec):
+    tied, own = (
+        build_model(spec, num_classes=V, in_shape=(T,), model_args={"tied": t}, seed=0)
+        for t in (True, False)
+    )
+    assert tied.decoder.weight is tied.embedding.weight
+    count = [sum(p.numel() for p in trainable(m).values()) for m in (tied, own)]
+    assert count[1] - count[0] == tied.embedding.weight.numel()
+
+
+def test_dropout_is_active_in_training_alone():
+    for spec in ("lstm", "gpt"):
+        arguments = {"dropout": 0.5, "width": 8}
+        model = build_model(spec, num_classes=V, in_shape=(T,), model_args=arguments, seed=0)
+        X = numbers(2 * T).view(2, T)
+        assert torch.equal(model.eval()(X), model(X))
+        model.train()
+        assert not torch.equal(model(X), model(X))
+
+
+def test_a_wrong_width():
+    with pytest.raises(ModelError, match="a multiple of heads, which is 3"):
+        build_model("gpt", num_classes=V, in_shape=(T,), model_args={"heads": 3}, seed=0)
+
+
+@pytest.mark.parametrize("n", [30, 31, 200])
+def test_perplexity_is_of_all_tokens_whatever_the_batch(name, n):
+    """exp of the mean over every token but the first, a state carried along ten streams."""
+    model, split = model_of(name), text(n)
+    found = [evaluate(model, split, batch_size) for batch_size in (1, 3, 64)]
+    losses, right, tokens = 0.0, 0, numbers(n)
+    windows = torch.arange(len(split)).tensor_split(min(10, len(split)))
+    for run in windows:
+        state = model.zero_state(1) if isinstance(model, Carrying) else None
+        for window in run.tolist():
+            begin, end = window * T, min((window + 1) * T, n - 1)
+            X, y = tokens[begin:end], tokens[begin + 1 : end + 1]
+            with torch.no_grad():
+                given = model(X[None]) if state is None else model(X[None], state=state)
+            logits, state = (given, None) if state is None else (given["logits"], given["state"])
+            losses += F.cross_entropy(logits[0], y, reduction="sum").item()
+            right += int((logits[0].argmax(1) == y).sum())
+    for each in found:
+        assert each.metrics["perplexity"] == pytest.approx(math.exp(losses / (n - 1)), rel=1e-9)
+        assert each.metrics["accuracy"] == pytest.approx(right / (n - 1))
+        assert each.loss == pytest.approx(losses / (n - 1), rel=1e-9)
+    alone = evaluate(model, split, 3, alone=True)
+    assert alone.loss == pytest.approx(mean_loss(model, split).item(), rel=1e-9)
+    assert (alone.loss == pytest.approx(found[0].loss)) == (not isinstance(model, Carrying)) or (
+        len(split) <= 10
+    )
