@@ -42,7 +42,7 @@ PAPER = [file for file in CONFIGS if file.parent.name == "paper"]
     ids=lambda f: f.name,
 )
 def test_paper_settings_train_for_a_step(file, tmp_path):
-    """On made data, two images of each split, every run of the config."""
+    """On made data, two images or windows of each split, every run of the config."""
     g = np.random.default_rng(0)
     classes = 100 if "cifar100" in file.name else 10
     arrays = {f"x_{part}": g.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
@@ -52,6 +52,10 @@ def test_paper_settings_train_for_a_step(file, tmp_path):
         "dataset": str(tmp_path / "d.npz"), "num_classes": classes, "epochs": 1, "batch_size": 2,
         "out": str(tmp_path / "r"), "every": 1, "warmup": 0.0,
     }  # fmt: skip
+    if "wikitext2" in file.name:
+        for part in ("train", "valid", "test"):
+            (tmp_path / f"{part}.txt").write_text("a b a c " * 18)
+        changes |= {"dataset": f"text:{tmp_path}", "num_classes": None}
     if is_comparison(file):
         config = resolve(CompareConfig, {**changes, "seeds": [0]}, str(file))
         runs = [run.config for run in grid.plan(config)]

@@ -156,6 +156,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         in_shape=data.in_shape,
         model_args=config.model_arg,
         seed=0,
+        task=data.task.name,
     )
     load_weights(model, checkpoint.state_dict, path)
     model = cast_model(model, device, dtype).eval()

@@ -56,7 +56,7 @@ def verify(config: VerifyConfig) -> records.Verification:
     data = load_data(config, device)
     model = build_model(
         config.model, num_classes=data.num_classes, in_shape=data.in_shape,
-        model_args=config.model_arg, seed=config.seed,
+        model_args=config.model_arg, seed=config.seed, task=data.task.name,
     )  # fmt: skip
     model = model.to(device)
     check_fit(model, data, config.model)

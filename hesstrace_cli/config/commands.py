@@ -38,7 +38,7 @@ class DataConfig:
     model: str | None = option(
         None,
         "small-cnn, mlp, resnet18, resnet50, wrn-16-4, wrn-28-10, lstm, gpt, torchvision:NAME, "
-        "FILE.py:factory or package.module:factory",
+        "hf:DIR, hf:CONFIG.json, FILE.py:factory or package.module:factory",
         panel="Model and data",
     )
     model_arg: dict[str, Any] = option(

@@ -16,6 +16,8 @@ from hesstrace_cli.config import did_you_mean, likely, shortened
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.failures import is_of_the_machine, is_out_of_memory
 from hesstrace_cli.models.cifar import WideResNet, cifar_resnet
+from hesstrace_cli.models.hugging_face import PREFIX as HUGGING_FACE
+from hesstrace_cli.models.hugging_face import hugging_face
 from hesstrace_cli.models.language import GPT, LSTM
 from hesstrace_cli.models.small import MLP, small_cnn
 from hesstrace_cli.plugins import accepted, call_factory, is_factory, load_factory
@@ -36,7 +38,7 @@ TORCHVISION = "torchvision:"
 
 def is_plugin(spec: str) -> bool:
     """Whether building this model imports code of the user's."""
-    return is_factory(spec) and not spec.startswith(TORCHVISION)
+    return is_factory(spec) and not spec.startswith((TORCHVISION, HUGGING_FACE))
 
 
 def build_model(
@@ -46,20 +48,23 @@ def build_model(
     in_shape: Sequence[int],
     model_args: Mapping[str, Any],
     seed: int,
+    task: str = "classification",
 ) -> nn.Module:
     """Build a model with weights that depend on the seed alone.
 
     Args:
-        spec: A built-in name, `torchvision:NAME`, `FILE.py:factory` or `package.module:factory`.
+        spec: A built-in name, `torchvision:NAME`, `hf:DIR`, `hf:CONFIG.json`, `FILE.py:factory` or
+            `package.module:factory`.
         num_classes: Number of logits; given to a factory that takes it, as is `in_shape`.
         in_shape: Shape of one input, (C, H, W) for images.
         model_args: The user's `--model-arg`s.
         seed: Seeds the initial weights; the global random state is untouched.
+        task: What outputs are for; of Hugging Face's models it says which.
 
     Raises:
         ModelError: If the name is not known, or the factory refuses its arguments.
     """
-    factory = _factory(spec)
+    factory = _factory(spec, task)
     offered = {"num_classes": num_classes, "in_shape": tuple(in_shape)}
     if getattr(factory, "__init__", None) is nn.Module.__init__:  # it takes none, but says any
         offered = {}
@@ -130,16 +135,18 @@ def _initialize(model: nn.Module, in_shape: Sequence[int], spec: str) -> None:
         ) from problem
 
 
-def _factory(spec: str) -> Callable[..., nn.Module]:
+def _factory(spec: str, task: str) -> Callable[..., nn.Module]:
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if spec.startswith(TORCHVISION):
         return partial(_torchvision_model, spec.removeprefix(TORCHVISION))
+    if spec.startswith(HUGGING_FACE):
+        return partial(hugging_face, spec, task=task)
     if is_factory(spec):
         return load_factory(spec, ModelError)
     raise ModelError(
         f"no model is called {shortened(spec)}{_meant(spec)} Built in: {', '.join(BUILT_IN)}; "
-        "or torchvision:NAME, FILE.py:factory, package.module:factory"
+        "or torchvision:NAME, hf:DIR, hf:CONFIG.json, FILE.py:factory, package.module:factory"
     )
 
 

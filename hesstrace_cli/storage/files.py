@@ -163,7 +163,8 @@ def files_of(name: str) -> list[str]:
     if name.startswith("imagefolder:"):
         folder = Path(name.removeprefix("imagefolder:"))
         return [str(folder / part) for part in ("train", "val", "test")]
-    if name.startswith("text:"):
-        return [name.removeprefix("text:")]
+    for prefix in ("text:", "hf:"):
+        if name.startswith(prefix):
+            return [name.removeprefix(prefix)]
     where, _, factory = name.rpartition(":")
     return [where if factory.isidentifier() and where.endswith(".py") else name]

@@ -153,6 +153,7 @@ class Trainer:
             in_shape=self.data.in_shape,
             model_args=config.model_arg,
             seed=derived_seed(config.seed, "weights"),
+            task=self.data.task.name,
         )
         if config.init is not None:
             checkpoint = read_checkpoint(config.init)
@@ -473,7 +474,7 @@ class Trainer:
         config = self.config
         return build_model(
             config.model, num_classes=self.data.num_classes, in_shape=self.data.in_shape,
-            model_args=config.model_arg, seed=0,
+            model_args=config.model_arg, seed=0, task=self.data.task.name,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:

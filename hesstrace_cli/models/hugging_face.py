@@ -1,0 +1,81 @@
+"""Hugging Face's models from a local folder or config; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hesstrace_cli.config import shortened
+from hesstrace_cli.errors import ModelError
+from hesstrace_cli.failures import is_out_of_memory
+from hesstrace_cli.paths import is_file, is_folder
+
+PREFIX = "hf:"
+_CONFIG = "config.json"
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> nn.Module:
+    """The model in `hf:DIR`, with its weights where it has some, or of `hf:CONFIG.json`.
+
+    For tokens it is a causal language model, for classes one of sequences. A new one gets as many
+    outputs as there are classes.
+
+    Args:
+        spec: With the prefix.
+        num_classes: The classes.
+        task: What outputs and targets are for.
+        changes: Of settings in the config.
+
+    Raises:
+        ModelError: If the path or what it holds is no model.
+    """
+    try:
+        import transformers
+    except ImportError as problem:
+        raise ModelError(
+            f"{spec!r} needs Hugging Face's library: pip install 'hesstrace[hf]' ({problem})"
+        ) from problem
+    changes.pop("in_shape", None)
+    place = Path(spec.removeprefix(PREFIX))
+    file = place / _CONFIG if is_folder(place) else place
+    if not is_file(file):
+        what = f"has no {_CONFIG}" if is_folder(place) else "does not exist"
+        raise ModelError(
+            f"{str(place)!r} {what}; hf: takes a local folder, or a config's file, and nothing is "
+            "downloaded"
+        )
+    kinds: dict[str, Any] = {
+        "tokens": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+    }
+    if task not in kinds:
+        raise ModelError(f"{spec!r} is for --task {' and '.join(kinds)}, not for {task}")
+    given = {"num_labels" if task == "classification" else "vocab_size": num_classes}
+    has_weights = is_folder(place) and any(any(place.glob(glob)) for glob in _WEIGHTS)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(file), local_files_only=True)
+        unknown = [name for name in changes if not hasattr(config, name)]
+        if unknown:
+            raise ModelError(
+                f"{spec!r}: its config has no {shortened(unknown[0])}, which --model-arg sets"
+            )
+        if not has_weights or task == "classification":
+            changes = {**given, **changes}
+        config.update({"use_cache": False, **changes})
+        if not has_weights:
+            made: nn.Module = kinds[task].from_config(config)
+            return made
+        loaded: nn.Module = kinds[task].from_pretrained(
+            str(place), config=config, local_files_only=True
+        )
+        return loaded.float()
+    except ModelError:
+        raise
+    except Exception as problem:  # the library raises many kinds
+        if is_out_of_memory(problem):
+            raise
+        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+        raise ModelError(f"{str(place)!r} holds no model that can be built: {reason}") from problem

@@ -1,0 +1,97 @@
+"""Hugging Face's models from a config and from a folder: trained penalised, saved, estimated."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import assert_one_line_error, invoke, make_run
+
+transformers = pytest.importorskip("transformers")
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 99, "n_positions": 16, "n_embd": 8, "n_layer": 2,
+    "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+WORDS = "the cat saw a dog and the dog saw a cat but no bird\n"
+
+
+@pytest.fixture
+def flags(tmp_path):
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text(WORDS * 4)
+    (tmp_path / "gpt2.json").write_text(json.dumps(GPT2))
+    return ["--dataset", f"text:{tmp_path}", "--seq-len", "5", "--batch-size", "4", "--epochs", "1",
+            "--optimizer", "adamw", "--lr", "0.01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [pytest.param("batch", marks=pytest.mark.slow), "example"])
+def test_a_gpt2_of_two_layers_trains_penalised_and_is_estimated(form, flags, tmp_path):
+    model, out = f"hf:{tmp_path}/gpt2.json", tmp_path / "r"
+    made = invoke("train", *flags, "--model", model, "--reg", "trace=0.01", "--form", form,
+                  "--warmup", "0", "--out", out)  # fmt: skip
+    assert made.exit_code == 0, made.output + repr(made.exception)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trace_penalty"]["curvature"] == "ggn"
+    assert set(summary["metrics"]) == {"perplexity", "accuracy"}
+    estimate = ["estimate-trace", out / "last.pt", "--json", "-"]
+    for curvature in ("hessian", "ggn"):
+        result = invoke(*estimate, "--curvature", curvature, "--num-probes", "2")
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        record = json.loads(result.stdout)
+        assert record["task"] == "tokens"
+        assert record["trace"] != 0
+    content = torch.load(out / "last.pt", weights_only=True)
+    assert content["state_dict"]["transformer.wte.weight"].shape == (11, 8)  # the text's words
+
+
+def test_weights_in_a_folder_are_taken(flags, tmp_path):
+    config = transformers.GPT2Config(**{**GPT2, "vocab_size": 256})
+    saved = transformers.GPT2LMHeadModel(config)
+    saved.save_pretrained(tmp_path / "saved")
+    settings = {
+        "dataset": f"text:{tmp_path}", "seq_len": 5, "tokens": "byte", "train_examples": None,
+        "model": f"hf:{tmp_path}/saved", "model_arg": {},
+    }  # fmt: skip
+    run = make_run(tmp_path / "r", **settings)
+    for name, value in run.trainer.model.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
+    X = torch.arange(10).view(2, 5)
+    expected = saved.eval()(X).logits
+    torch.testing.assert_close(run.trainer.model.eval()(X).logits, expected)
+
+
+def test_classes_of_sequences(tmp_path, flags):
+    changes = {"pad_token_id": 0, "vocab_size": 9}
+    (tmp_path / "gpt2.json").write_text(json.dumps({**GPT2, **changes}))
+    g = np.random.default_rng(0)
+    X, y = g.integers(1, 9, (24, 5)), g.integers(0, 3, 24)
+    np.savez(tmp_path / "d.npz", x_train=X, y_train=y, x_test=X, y_test=y)
+    flags = ["--model", f"hf:{tmp_path}/gpt2.json", "--model-arg", "n_layer=1", "--epochs", "1"]
+    result = invoke("train", "--dataset", tmp_path / "d.npz", *flags, "--out", tmp_path / "r")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    weights = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["state_dict"]
+    assert weights["score.weight"].shape == (3, 8)
+    assert not any(".h.1." in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("hf:gpt2", "does not exist; hf: takes a local folder"),
+        ("hf:.", "has no config.json"),
+        ("hf:wrong.json", "holds no model that can be built"),
+        ("hf:text.json", "holds no model that can be built"),
+    ],
+)
+def test_what_is_no_model(spec, words, flags, tmp_path):
+    (tmp_path / "wrong.json").write_text('{"model_type": "no-such-type"}')
+    (tmp_path / "text.json").write_text("no JSON")
+    assert_one_line_error(invoke("train", *flags, "--model", spec), 4, words)
+
+
+def test_a_setting_that_the_config_lacks(flags, tmp_path):
+    model = ["--model", f"hf:{tmp_path}/gpt2.json", "--model-arg", "depth=3"]
+    assert_one_line_error(invoke("train", *flags, *model), 4, "its config has no 'depth'")
