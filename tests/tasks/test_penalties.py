@@ -95,7 +95,7 @@ def check_on_ggn(case, form, *, hold=False):
     arguments = (outputs, params, case.task, case.y)
     if form == "batch":
         kinds = dict.fromkeys(params, "batch")
-        (value,) = batch_samples(*arguments, draws=Draws(), generator=generator())
+        (value,) = batch_samples(*arguments, draws=Draws(), generator=generator(), hold=hold)
     else:
         by_example = ByExample()
         (value,) = by_example.samples(*arguments, draws=Draws(), generator=generator(), hold=hold)
