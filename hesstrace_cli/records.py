@@ -575,3 +575,29 @@ class Comparison(TypedDict):
     settings: list[dict[str, object]]
     chosen_by: NotRequired[list[str]]
     rows: list[Row]
+
+
+class Trial(TypedDict):
+    """A strength that `tune` tried."""
+
+    strength: float
+    epochs: int
+    val_loss: float | None
+    pruned: bool
+
+
+class Tuning(TypedDict):
+    """`tune`."""
+
+    schema: str
+    regularizer: str
+    strength: float
+    val_loss: float
+    trials: list[Trial]
+    at_edge: bool
+    range: list[float]
+    budget: float
+    spent: float
+    step_cost: float
+    run: str
+    command: str

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hesstrace_cli.comparison import grid
-from hesstrace_cli.config import CompareConfig, TrainConfig, resolve, to_yaml
+from hesstrace_cli.config import CompareConfig, TrainConfig, TuneConfig, resolve, to_yaml
 from hesstrace_cli.training.run import Run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "sample_configs").rglob("*.yaml"))
@@ -20,7 +20,8 @@ def is_comparison(file):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
 def test_sample_configs_parse(file):
-    config_class = CompareConfig if is_comparison(file) else TrainConfig
+    tuned = TuneConfig if file.name.startswith("tune") else TrainConfig
+    config_class = CompareConfig if is_comparison(file) else tuned
     resolve(config_class, {}, str(file))
 
 

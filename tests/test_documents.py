@@ -113,6 +113,7 @@ SMALLER = {
     "--num-examples 500": "--num-examples 6",
     "--model small-cnn,resnet18": "--model small-cnn,mlp",
     "--jobs 4": "",
+    "--jobs 2": "",
     "--seeds 0,1,2,3,4": "--seeds 0",
     "--seeds 0,1,2": "--seeds 0",
     '"$out"': "planned",
@@ -130,6 +131,7 @@ FLAGS = {
     "spectrum": "--num-examples 6",
     "verify": "",
     "sensitivity": "--num-examples 6",
+    "tune": "--epochs 1 --train-examples 40 --budget 20",
 }
 BENCHMARK_FLAGS = {
     "coverage.py": "--repeats 5 --sketch-repeats 3",
@@ -248,6 +250,8 @@ def run_tool(command, folder):
     collects = name == "compare" and words and not words[0].startswith("-")
     if collects:
         words, flags = ["cmp"], []
+    elif name == "tune":
+        flags += ["--out", str(folder / "search")]
     elif name == "train" and "--out" not in words:
         flags += ["--out", str(folder / "run")]
     elif name == "compare" and "--tune" not in words and "--config" not in words:

@@ -16,6 +16,7 @@ from hesstrace_cli.cli.estimate_trace import estimate_trace
 from hesstrace_cli.cli.sensitivity import sensitivity
 from hesstrace_cli.cli.spectrum import spectrum
 from hesstrace_cli.cli.train import train
+from hesstrace_cli.cli.tune import train_until, tune
 from hesstrace_cli.cli.verify import verify
 
 app = typer.Typer(
@@ -48,6 +49,8 @@ app.command()(compare)
 app.command()(spectrum)
 app.command()(verify)
 app.command()(sensitivity)
+app.command()(tune)
+app.command(hidden=True)(train_until)
 
 
 def main() -> None:

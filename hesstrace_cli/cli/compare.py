@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +11,8 @@ import typer
 from hesstrace_cli import records
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
-from hesstrace_cli.cli.output import say_once
-from hesstrace_cli.cli.signals import StopRequest
-from hesstrace_cli.cli.train import report_negative, warn_of_unused
+from hesstrace_cli.cli.runs import command_line, train_all
+from hesstrace_cli.cli.train import warn_of_unused
 from hesstrace_cli.config import CompareConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from hesstrace_cli.reporting import comparisons, plots, tables
@@ -23,7 +21,7 @@ from hesstrace_cli.reporting.text import for_markdown
 
 if TYPE_CHECKING:
     from hesstrace_cli.comparison.found import Found
-    from hesstrace_cli.comparison.grid import Job, PlannedRun
+    from hesstrace_cli.comparison.grid import PlannedRun
 
 _COSTS = "step_cost.json"
 
@@ -62,7 +60,7 @@ def compare(
     if settings.plan and settings.equal == "epochs":
         _print_plan(runs)
         return
-    lock = grid.lock(settings)
+    lock = grid.lock(grid.root(settings))
     if settings.equal == "time":
         runs = _for_equal_time(grid.root(settings), runs)
     if settings.plan:
@@ -72,7 +70,7 @@ def compare(
     pending = grid.pending(runs)
     grid.write_planned(grid.root(settings), runs)
     if pending:
-        _train_all(pending, settings.jobs)
+        train_all(pending, settings.jobs)
     chosen = grid.choose_strengths(runs, settings.tune_by)
     if settings.tune:
         grid.write_chosen(grid.root(settings), chosen, settings.tune_by)
@@ -87,7 +85,7 @@ def _print_plan(runs: Sequence[PlannedRun]) -> None:
     from hesstrace_cli.comparison import grid
 
     for run in runs:
-        screen.echo(_command_line(grid.arguments(run.config)))
+        screen.echo(command_line(grid.arguments(run.config)))
 
 
 def _for_equal_time(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -107,21 +105,6 @@ def _for_equal_time(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun
     said = (f"{' '.join(cell if several else cell[2:])} {n}" for cell, n in epochs.items())
     screen.say(f"epochs for equal time: {', '.join(said)}")
     return equal_time.stretched(runs, epochs)
-
-
-def _command_line(arguments: Sequence[str]) -> str:
-    """The command, to be read by any shell, in one line.
-
-    Raises:
-        ConfigError: If a line cannot hold it.
-    """
-    for word in arguments:
-        if not word.isprintable():
-            raise ConfigError(
-                f"--plan prints a command a line, which cannot hold {word!r}: it has a line break "
-                "or another character that does not show; rename it"
-            )
-    return "hesstrace " + shlex.join(arguments)
 
 
 def _tabulate_folders(folders: Sequence[str]) -> None:
@@ -173,70 +156,6 @@ def _chosen_by(comparison: records.Comparison) -> Iterator[str]:
     metrics = [metric.replace("_", " ") for metric in comparison.get("chosen_by", ())]
     if metrics:
         yield f"Strengths are chosen by {' and '.join(metrics)} on validation."
-
-
-def _train_all(pending: Sequence[PlannedRun], jobs: int) -> None:
-    """Train what is pending under one live table; a run that diverges is noted and passed by."""
-    from hesstrace_cli.comparison.grid import note_divergence
-
-    total = sum(run.epochs for run in pending)
-    with screen.Board(len(pending), total) as board:
-        ended = _one_by_one(pending, board) if jobs == 1 else _side_by_side(pending, jobs, board)
-        for run, problem in ended:
-            board.add_done(run.epochs)
-            if problem is None:
-                name = f"{run.regularizer} seed {run.config.seed}"
-                screen.say(f"{board.done}/{len(pending)} {name} finished")
-            else:
-                note_divergence(run, problem)
-                screen.say(f"warning: {run.config.out} diverged: {problem}")
-
-
-def _one_by_one(
-    pending: Sequence[PlannedRun], board: screen.Board
-) -> Iterator[tuple[PlannedRun, str | None]]:
-    """Each run as it ends, trained in this process, with the problem where it diverged."""
-    from hesstrace_cli.training.run import Run
-
-    said: set[str] = set()
-    for number, planned in enumerate(pending, start=1):
-        name, epochs = f"{planned.regularizer} seed {planned.config.seed}", planned.epochs
-        board.show([(name, 0, epochs)], len(pending) - number)
-        try:
-            run = Run(planned.config)
-            say_once(run.trainer.data.task_note, said)
-            with StopRequest() as stop:
-                for progress in run.advance(stop):
-                    if progress.record is not None:
-                        report_negative(progress.record)
-                        board.show([(name, progress.epoch, epochs)], len(pending) - number)
-            run.finish()
-        except NumericsError as problem:
-            yield planned, str(problem)
-        else:
-            yield planned, None
-
-
-def _side_by_side(
-    pending: Sequence[PlannedRun], jobs: int, board: screen.Board
-) -> Iterator[tuple[PlannedRun, str | None]]:
-    """Each run as it ends, trained in a process of its own, so many at a time."""
-    from hesstrace_cli.comparison.grid import run_side_by_side
-
-    with StopRequest() as stop:
-        yield from run_side_by_side(pending, jobs, _drawn_on(board), stop)
-
-
-def _drawn_on(board: screen.Board) -> Callable[[list[Job], int], None]:
-    def draw(jobs: list[Job], waiting: int) -> None:
-        lines = [
-            (f"{job.run.regularizer} seed {job.run.config.seed}", job.epochs(),
-             job.run.epochs)
-            for job in jobs
-        ]  # fmt: skip
-        board.show(lines, waiting)
-
-    return draw
 
 
 def _say_choices(

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class PlannedRun:
         entry: The number of its row in the table; runs of several strengths may share one.
         regularizer: The row's canonical name.
         config: The run's own config, in its folder.
+        until: The epoch to train it to for now; None for its end.
     """
 
     entry: int
     regularizer: str
     config: TrainConfig
+    until: int | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -61,8 +63,14 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        """Whether it is finished, or has diverged."""
-        return self.folder.summary() is not None or self.diverged.is_file()
+        """Whether it is finished, or has diverged, or is where it is to be left for now."""
+        ended = self.folder.summary() is not None or self.diverged.is_file()
+        return ended or (self.until is not None and self.epochs_done() >= self.until)
+
+    def epochs_done(self) -> int:
+        """Epochs done."""
+        file = self.folder.metrics
+        return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
 def root(config: CompareConfig) -> Path:
@@ -70,20 +78,24 @@ def root(config: CompareConfig) -> Path:
     return Path(config.out or "comparisons/compare")
 
 
-def lock(config: CompareConfig) -> FolderLock:
-    """Make the comparison's folder and keep other comparisons out of it.
+def lock(folder: Path, own: Collection[str] = ("runs", PLANNED, EQUAL_TIME)) -> FolderLock:
+    """Make a comparison's folder and keep others out of it.
+
+    Args:
+        folder: Where it is.
+        own: Of these at least one is in the folder of one that was begun.
 
     Raises:
         ConfigError: If it cannot be made, holds other things, or another process is at work in it.
     """
-    folder = root(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FolderLock(folder)
         files = {file.name for file in folder.iterdir()} - {file.name for file in leftovers(folder)}
-        if files and not files & {"runs", PLANNED, EQUAL_TIME}:
+        if files and not files & {*own}:
             raise ConfigError(
-                f"--out {str(folder)!r} is not empty and holds no comparison; choose another folder"
+                f"--out {str(folder)!r} is not empty and holds nothing that this command began; "
+                "choose another folder"
             )
         clear_leftovers(folder)
     except OSError as problem:
@@ -309,11 +321,6 @@ class Job:
         if self.process.stdin is not None:
             self.process.stdin.close()
 
-    def epochs(self) -> int:
-        """Epochs done."""
-        file = self.run.folder.metrics
-        return len(file.read_text().splitlines()) if file.is_file() else 0
-
 
 def _log_of(run: PlannedRun) -> Path:
     path = run.folder.path
@@ -334,9 +341,12 @@ def _start(run: PlannedRun, slot: int, jobs: int) -> Job:
         raise ConfigError(
             f"{str(_log_of(run))!r} cannot be written: {problem.strerror}"
         ) from problem
+    words = arguments(run.config)
+    if run.until is not None:
+        words = ["train-until", str(run.until), *words[1:]]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hesstrace_cli.cli.job", *arguments(run.config)],
+            [sys.executable, "-m", "hesstrace_cli.cli.job", *words],
             stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
     finally:

@@ -10,11 +10,17 @@ from hesstrace_cli.config.commands import (
     SensitivityConfig,
     SpectrumConfig,
     TrainConfig,
+    TuneConfig,
     VerifyConfig,
 )
 from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of, whole_number
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
-from hesstrace_cli.config.regularizers import REGULARIZERS, parse_regularizers, regularizers_name
+from hesstrace_cli.config.regularizers import (
+    REGULARIZERS,
+    parse_regularizers,
+    parse_terms,
+    regularizers_name,
+)
 from hesstrace_cli.config.rows import Row
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.hints import did_you_mean, likely
@@ -34,11 +40,13 @@ __all__ = [
     "SensitivityConfig",
     "SpectrumConfig",
     "TrainConfig",
+    "TuneConfig",
     "VerifyConfig",
     "did_you_mean",
     "key_of",
     "likely",
     "parse_regularizers",
+    "parse_terms",
     "read_yaml",
     "regularizers_name",
     "resolve",

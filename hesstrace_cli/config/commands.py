@@ -19,8 +19,10 @@ from hesstrace_cli.config.fields import (
 from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
     UNUSED_LAMBDA,
+    parse_range,
     parse_terms,
     takes_lambda,
+    usual_range,
 )
 from hesstrace_cli.config.rows import Row, open_names, parse_row, parse_tune, split, tuned_rows
 from hesstrace_cli.config.yaml_text import shortened
@@ -432,6 +434,63 @@ class CompareConfig(TrainConfig):
         if len(set(names)) < len(names):
             raise ConfigError(f"two rows are the same: {', '.join(names)}")
         return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainConfig):
+    """Settings of `hesstrace tune`: train's, with one regularizer whose strength is looked for."""
+
+    reg: list[str] = option(
+        ["trace"],
+        "the regularizer to tune, a NAME without strength; others beside it as NAME=STRENGTH",
+        panel="Regularization",
+        metavar="NAME[=STRENGTH]",
+    )
+    budget: float = option(
+        5.0, "what all trials may take together, in plain runs' time by the measured cost of a "
+        "step", panel="Search", above=0,
+    )  # fmt: skip
+    range: str | None = option(
+        None, "strengths to look among (default: from a hundredth of the regularizer's own default "
+        "to a hundred times it)", panel="Search", metavar="LOW:HIGH",
+    )  # fmt: skip
+    jobs: int = option(1, "runs at a time, over the GPUs there are", panel="Search", minimum=1)
+    json: str | None = option(None, "write JSON to this file, - for stdout", panel="Output")
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        self._check_combinations()
+        if self.lambda_ is not None:
+            raise ConfigError("--lambda is a strength, and tune looks for one; leave it out")
+        if not self.val_fraction:
+            raise ConfigError("tune chooses on the validation split; --val-fraction is 0")
+        self.bounds()
+
+    def tuned(self) -> str:
+        """The name of the regularizer whose strength is looked for.
+
+        Raises:
+            ConfigError: If there is not one alone.
+        """
+        names = [name for name, strength in parse_terms(self.reg) if strength is None]
+        if len(names) != 1:
+            given = ", ".join(names) or "none"
+            raise ConfigError(
+                f"tune looks for the strength of one regularizer, given without one; here {given}: "
+                "write, say, --reg trace, or --reg trace --reg cutout=8"
+            )
+        return names[0]
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest strength to look among, both above 0.
+
+        Raises:
+            ConfigError: If the range cannot be read, or there is no default one.
+        """
+        name = self.tuned()
+        if self.range is not None:
+            return parse_range(name, self.range)
+        return usual_range(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,6 +171,36 @@ def parse_strengths(name: str, text: str, entry: str) -> list[float]:
     return [_strength(name, part) for part in text.split(":")]
 
 
+_DECADES = 100.0  # of the usual range, below and above a regularizer's own default
+
+
+def parse_range(name: str, text: str) -> tuple[float, float]:
+    """The least and the largest strength of `LOW:HIGH`.
+
+    Raises:
+        ConfigError: If they cannot be read, or are not in this order and above 0.
+    """
+    low, colon, high = text.partition(":")
+    bounds = (_strength(name, low), _strength(name, high)) if colon else (0.0, 0.0)
+    if not 0 < bounds[0] < bounds[1]:
+        raise ConfigError(
+            f"--range is {shortened(text)}, expected LOW:HIGH, two numbers above 0, 0.0001:1"
+        )
+    return bounds
+
+
+def usual_range(name: str) -> tuple[float, float]:
+    """Two decades below a regularizer's own default and two above it.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    declared = _declared(name)
+    if not declared.default:
+        raise ConfigError(f"{name!r} has no default strength to look around; give --range LOW:HIGH")
+    return declared.default / _DECADES, min(declared.default * _DECADES, declared.maximum)
+
+
 def regularizers_name(strengths: Mapping[str, float]) -> str:
     """The canonical name of regularizers: "none", or `name=strength` joined with commas."""
     return ",".join(f"{name}={shortest(value)}" for name, value in strengths.items()) or "none"

@@ -76,6 +76,10 @@ class Run:
             raise ModelError(f"{name!r} is not of this run: {problem}") from problem
         self.trainer.load_state(checkpoint, weights, moved)
 
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._unlock()
+
     def _unlock(self) -> None:
         if self.lock is not None:
             self.lock.release()
