@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hesstrace_cli import TracePenalty, differentiable
 from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.data.preprocess import Preprocess
@@ -91,3 +92,23 @@ def test_of_an_estimate(tied, curvature, monkeypatch):
     assert found[0].method == ("signs" if curvature == "ggn" else "signs+hutchinson")
     assert ours <= plain, (ours, plain)
     assert plain <= 4.5 * 4 * X.numel() * V  # logits, log p, and the gradients of both
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_penalised_step(tied, monkeypatch):
+    """It keeps the signs, a byte each, and has one gradient more at its peak."""
+    monkeypatch.setattr("hesstrace_cli.curvature.per_example.head.PART", 2 * T * V)
+    model = Model(tied=tied)
+    penalty = TracePenalty(
+        model, 0.01, task=Tokens(), form="example", estimator="hutchinson", num_probes=1
+    )
+
+    def step():
+        with differentiable():
+            outputs = model(X)
+        (Tokens().loss(outputs, Y) + penalty(outputs, Y)).backward()
+        penalty.step()
+
+    step()  # looks at the derivatives
+    plain = most_over_words(lambda: plain_step(model))
+    assert most_over_words(step) <= plain + (4 + 1) * X.numel() * V

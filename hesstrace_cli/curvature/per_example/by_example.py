@@ -29,7 +29,7 @@ from hesstrace_cli.autodiff.graph import Params, topological
 from hesstrace_cli.curvature.per_example.head import Head, find_head
 from hesstrace_cli.curvature.per_example.norms import check_layouts
 from hesstrace_cli.curvature.per_example.output_layer import output_layer
-from hesstrace_cli.curvature.per_example.rules.layout import Layout
+from hesstrace_cli.curvature.per_example.rules.layout import Layout, Norms
 from hesstrace_cli.curvature.per_example.uses import Use, find_uses
 from hesstrace_cli.curvature.probes import Draws, draw_signs
 from hesstrace_cli.tasks import Task
@@ -159,15 +159,15 @@ class ByExample:
         uses = find_uses(outputs, params)
         head = self._head(outputs, uses, task, draws)
         at = outputs.detach() if hold else outputs
+        closed, missed = None, dict[str, Tensor]()
         if head is None:
             closed, missed = self._closed(outputs, at, uses, params, task, targets)
-        else:
-            found = head.closed(head.traces(targets, hold=hold))
-            closed, missed = torch.stack(list(found.values())).sum(), {}
         rest = {name: p for name, p in params.items() if self.ways[name].kind != "closed"}
+        if head is not None and not rest:
+            closed = _total(head.closed(head.traces(targets, hold=hold)))
         samples = []
         for _ in range(draws.num_probes if rest or missed else 1):
-            parts = [closed]
+            parts = [] if closed is None else [closed]
             if rest or missed:
                 keep = missed | draws.keep(rest, generator)
                 signs = draw_signs(outputs, generator, rows, num_examples, balanced=True)
@@ -191,14 +191,15 @@ class ByExample:
         self, head: Head, uses: list[Use], params: Params, targets: Tensor, signs: Tensor,
         keep: Params, hold: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """The squared norms where the output layer is taken apart."""
+        """The output layer's part, and the squared norms of all below it."""
         N, layout = len(head.outputs), None
         kept = signs.to(torch.int8)  # a quarter of the outputs
         if head.tied is not None:
             layout = Layout(N, self.ways[head.tied_name].strided)
-        cotangent, words = head.pulled(targets, kept.__getitem__, layout, hold=hold)
+        cotangent, words, traces = head.pulled(targets, kept.__getitem__, layout, hold=hold)
         below = [*head.below(uses), *words]
-        return self._squares(head.hidden, N, below, params, cotangent, keep)
+        squares = self._squares(head.hidden, N, below, params, cotangent, keep)
+        return [_total(head.closed(traces)), *squares]
 
     def _closed(
         self, outputs: Tensor, at: Tensor, uses: list[Use], params: Params, task: Task,
@@ -248,6 +249,10 @@ class ByExample:
         for name, g in zip(whole, grads, strict=True):
             squares.append((keep[name] * g).square().sum())
         return squares
+
+
+def _total(norms: Norms) -> Tensor:
+    return torch.stack(list(norms.values())).sum()
 
 
 @contextmanager

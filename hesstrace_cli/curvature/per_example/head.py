@@ -128,8 +128,10 @@ class Head:
     def pulled(
         self, targets: Tensor, signs: Callable[[slice], Tensor], layout: Layout | None, *,
         hold: bool = False,
-    ) -> tuple[Tensor, list[Use]]:  # fmt: skip
-        """The cotangent of the rows h, (R, d), and what is left to take of a tied weight.
+    ) -> tuple[Tensor, list[Use], Tensor]:  # fmt: skip
+        """The cotangent of the rows h, (R, d), what is left to take of a tied weight, and tr(A).
+
+        With tr(A) beside it the outputs get one gradient of all of them.
 
         Args:
             targets: y.
@@ -148,17 +150,16 @@ class Head:
             assert W is not None
             first = int(number[0])
             u = self.task.root(f, y, signs(slice(first, first + len(number))).to(f.dtype))
-            pulled = u @ W.mT
-            if not words:
-                return pulled
-            picked = u.gather(2, words[0][:, None].expand(-1, u.shape[1], -1))
-            return torch.cat([pulled, picked], 2)
+            picked = [u.gather(2, at[:, None].expand(-1, u.shape[1], -1)) for at in words]
+            traces = self.task.curvature_traces(f, y)[..., None]
+            return torch.cat([u @ W.mT, traces, *picked], 2)
 
         constants = (targets, numbers) if at is None else (targets, numbers, at)
         found = in_parts(of, outputs, self.weight, *constants)
         width = self.weight.shape[0]
         rows = found[..., :width].flatten(0, 1)[torch.argsort(self.order)]
-        return rows, [] if at is None else [self._of_words(found[..., width:])]
+        words = [] if at is None else [self._of_words(found[..., width + 1 :])]
+        return rows, words, found[..., width]
 
     def below(self, uses: Sequence[Use]) -> list[Use]:
         """Uses but those of this layer."""

@@ -181,7 +181,6 @@ class PerExampleTrace:
         """The samples where the output layer is taken apart: no signs of all examples at once."""
         at = self._at(X, found)
         head = replace(head, outputs=at)
-        closed = head.closed(head.traces(y))
 
         def signs(part: slice) -> Tensor:
             return rademacher(at[part], generator=generator)
@@ -191,10 +190,11 @@ class PerExampleTrace:
         rows = []
         for _ in range(num_samples):
             with torch.no_grad():
-                u, words = head.pulled(y, signs, tied)
+                u, words, of_terms = head.pulled(y, signs, tied)
             each = [*uses, *words]
             rows.append(rule_norms(each, gradients(head.hidden, each, u), layouts))
         norms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        closed = head.closed(of_terms)
         rest = {n: p for n, p in self.objective.params.items() if n not in norms | closed}
         if rest:
             norms |= self._differentiated(rest, X, y, num_samples, generator)
