@@ -29,7 +29,7 @@ def entropy(run):
 def jacobian(run):
     X, _, logits = outputs(run)
     g = torch.Generator().manual_seed(0)
-    return sum(jacobian_sample(logits, X, g).item() for _ in range(20)) / 20
+    return sum(jacobian_sample(logits, [X], g).item() for _ in range(20)) / 20
 
 
 def gradient_norm(run):
