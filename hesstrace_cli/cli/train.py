@@ -46,6 +46,7 @@ def train(*, flags: dict[str, Any], config: str | None) -> None:
         screen.say(f"{run.folder.path} is finished; nothing to do")
         summary = run.ranks.from_first(run.folder.summary())
     else:
+        say_cost_without_cudnn(run)
         summary = train_with_progress(run, row.name)
     assert summary is not None
     screen.show(tables.summary_table(str(run.folder.path), summary), kept=True)
@@ -77,6 +78,15 @@ def warn_of_unused(settings: TrainConfig, names: Collection[str]) -> None:
         if own:
             flags = ", ".join("--" + name.replace("_", "-") for name in own)
             screen.say(f"warning: {flags} is without effect, as {reason}")
+
+
+def say_cost_without_cudnn(run: Run) -> None:
+    """Say what a recurrent model's penalty costs on a GPU, where it costs something."""
+    from hesstrace_cli.training.cost import cost_without_cudnn
+
+    said = None if run.trainer.is_sharded else cost_without_cudnn(run.trainer)
+    if said is not None:
+        screen.say(said)
 
 
 def _stored(flags: dict[str, Any]) -> str | None:

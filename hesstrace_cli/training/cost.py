@@ -12,13 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hesstrace_cli.autodiff.calls import outputs_of, trainable
+from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import DataConfig, TrainConfig
 from hesstrace_cli.curvature.checks.verdicts import Row
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.randomness import random_state_kept
+from hesstrace_cli.regularizers.trace import TraceRegularizer
 from hesstrace_cli.training.trainer import Trainer
 
 _ROUNDS, _STEPS = 5, 4
@@ -185,3 +188,46 @@ def bytes_of_step(trainer: Trainer) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         seconds_of_steps(trainer, 0)
     return size + sum(saved.values())
+
+
+def cost_without_cudnn(trainer: Trainer) -> str | None:
+    """What a recurrent model's second derivatives cost on a GPU: cuDNN's layers have none.
+
+    Returns:
+        A sentence with a ratio measured on the first batch; None where none are taken.
+    """
+    takes = any(r.order > 1 or isinstance(r, TraceRegularizer) for r in trainer.regularizers)
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in trainer.model.modules())
+    if not takes or not is_recurrent or not _has_cudnn(trainer.device):
+        return None
+    with_it, without = (_seconds_of_gradient(trainer, cudnn=cudnn) for cudnn in (True, False))
+    return (
+        "the penalty takes second derivatives, which cuDNN's recurrent layers do not have: they "
+        f"run without it, and the plain gradient of a batch takes {without / with_it:.1f} times "
+        "as long here"
+    )
+
+
+def _has_cudnn(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cudnn.enabled
+
+
+def _seconds_of_gradient(trainer: Trainer, *, cudnn: bool) -> float:
+    """Of the loss of a batch, the fastest of a few; nothing moves."""
+    rows = torch.arange(min(trainer.config.batch_size, len(trainer.data.train)))
+    X, y = next(trainer.data.train.parts([rows]))
+    params, seconds = list(trainable(trainer.model).values()), []
+    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    with random_state_kept():
+        for _ in range(_STEPS):
+            _synchronize(trainer)
+            begin = time.perf_counter()
+            with contextlib.nullcontext() if cudnn else differentiable_ops(order=1):
+                outputs = outputs_of(trainer.model.train()(X))
+            loss = trainer.data.task.loss(outputs, y)
+            torch.autograd.grad(loss, params, allow_unused=True)
+            _synchronize(trainer)
+            seconds.append(time.perf_counter() - begin)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return min(seconds)

@@ -13,6 +13,7 @@ from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.config.schedule import learning_rate
 from hesstrace_cli.errors import ModelError, Stopped
 from hesstrace_cli.storage.checkpoints import read_checkpoint
+from hesstrace_cli.training import cost
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
 from tests.test_resume import assert_same_run
 
@@ -34,8 +35,12 @@ def settings(tmp_path):
     return of
 
 
+def states_of(trainer):
+    return {n: p.clone() for n, p in trainer.model.state_dict().items()}
+
+
 def states(run):
-    return {n: p.clone() for n, p in run.trainer.model.state_dict().items()}
+    return states_of(run.trainer)
 
 
 @pytest.mark.parametrize("batch_size", [4, 7])
@@ -203,3 +208,21 @@ def test_a_summary_has_perplexity_and_accuracy(settings, tmp_path):
     for part in ("metrics", "val_metrics", "train_metrics"):
         assert set(summary[part]) == {"perplexity", "accuracy"}
     assert summary["selection"] == {"metric": "perplexity", "higher_is_better": False}
+
+
+def test_what_a_penalty_costs_without_cudnn_is_measured(settings, tmp_path, monkeypatch):
+    penalised = make_run(tmp_path / "a", **settings(reg="trace=0.01")).trainer
+    plain = make_run(tmp_path / "b", **settings()).trainer
+    transformer = make_run(tmp_path / "c", **settings(model="gpt", reg="trace", model_arg={}))
+    assert cost.cost_without_cudnn(penalised) is None  # on a CPU
+    monkeypatch.setattr(cost, "_has_cudnn", lambda device: True)
+    seconds = {True: 0.002, False: 0.007}
+    for cudnn in seconds:
+        before = states_of(penalised)
+        assert cost._seconds_of_gradient(penalised, cudnn=cudnn) > 0
+        assert all(torch.equal(before[n], p) for n, p in states_of(penalised).items())
+        assert all(p.grad is None for p in penalised.model.parameters())
+    monkeypatch.setattr(cost, "_seconds_of_gradient", lambda trainer, cudnn: seconds[cudnn])
+    assert "takes 3.5 times as long here" in cost.cost_without_cudnn(penalised)
+    assert cost.cost_without_cudnn(plain) is None
+    assert cost.cost_without_cudnn(transformer.trainer) is None
