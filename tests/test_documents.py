@@ -136,6 +136,8 @@ FLAGS = {
 BENCHMARK_FLAGS = {
     "coverage.py": "--repeats 5 --sketch-repeats 3",
     "data.py": "--batch-size 2 --model mlp --workers 0",
+    "language_trace.py": "--tokens 70 --peer-tokens 70 --samples 2 --steps 1 --width 4 "
+                         "--batch-size 2 --cache cache",
     "penalty_settings.py": "--epochs 1 --train-examples 40 --batch-size 8 --seeds 0 --draws 2 "
                            "--only none example",
     "spectrum.py": "--model small-cnn --train-steps 2 --examples 8 --count-examples 8 "
@@ -147,6 +149,7 @@ BENCHMARK_FLAGS = {
 }  # fmt: skip
 SLOW = (
     "trace_to_tolerance.py",
+    "language_trace.py",
     "penalty_settings.py",
     "--batches 1",
     "--dataset mnist,fashion-mnist",
