@@ -96,7 +96,7 @@ def test_verified_as_on_the_cpu(found, name, without):
 
 def test_waits(found):
     waits = {name: sum(each["waits"].values()) for name, each in found["waits"].items()}
-    for name in ("none", "trace", "trace of H", "mixup"):
+    for name in ("none", "trace", "trace of H", "mixup", "ema"):
         assert waits[name] <= 5, found["waits"][name]
     assert waits["an evaluation"] <= 3, found["waits"]  # of twelve batches
     assert waits["24 products"] <= 4, found["waits"]

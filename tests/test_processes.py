@@ -74,6 +74,7 @@ CASES = [
     _case("none", 2, "none"),
     _case("none", 2, "trace=0.01", every=2),
     _case("none", 2, "trace=0.01", warmup=0.9),
+    _case("none", 2, "trace=0.01", draw="labels"),
     _case("none", 2, "trace=0.01", dropout_scheme="entry", num_probes=2),
     _case("group", 2, "trace=0.01", form="example", num_probes=2),
     _case("batch", 1, "trace=0.01", form="example", sync_bn=True),

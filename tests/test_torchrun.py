@@ -44,7 +44,7 @@ TRAIN = (
 @pytest.mark.parametrize(
     "penalty",
     [
-        ["--reg", "trace=0.01"],
+        ["--reg", "trace=0.01,ema=0.9"],
         ["--reg", "trace=0.003", "--curvature", "hessian"],
         ["--reg", "trace=0.01", "--form", "example", "--shard"],
     ],

@@ -34,6 +34,7 @@ from hesstrace_cli.distributed import sharding
 from hesstrace_cli.distributed.parallel import Ranks, join
 from hesstrace_cli.distributed.sync_norm import sync_norms
 from hesstrace_cli.errors import ConfigError, ModelError
+from hesstrace_cli.failures import FAILURES, is_of_the_machine
 from hesstrace_cli.models import build_model
 from hesstrace_cli.models.language import Carrying
 from hesstrace_cli.randomness import (
@@ -131,10 +132,19 @@ class Trainer:
             if isinstance(regularizer, WeightAverage):
                 model = self._bare_model().to(self.device)
                 model.load_state_dict(self.model.state_dict())
-                return Averaged(
-                    regularizer, model, steps_per_epoch=self.steps_per_epoch,
-                    total_steps=self.total_steps,
-                )  # fmt: skip
+                try:
+                    return Averaged(
+                        regularizer, model, steps_per_epoch=self.steps_per_epoch,
+                        total_steps=self.total_steps,
+                    )  # fmt: skip
+                except FAILURES as problem:
+                    if is_of_the_machine(problem):
+                        raise
+                    said = " ".join(str(problem).split())[:200]
+                    raise ConfigError(
+                        f"--reg {regularizer.name} keeps an averaged copy of the model, and this "
+                        f"one cannot be copied: {said}"
+                    ) from problem
         return None
 
     @property

@@ -82,6 +82,7 @@ def waits() -> dict:
         "trace": {"reg": ["trace=0.01"]},
         "trace of H": {"reg": ["trace=0.01"], "curvature": "hessian"},
         "mixup": {"reg": ["mixup,trace=0.01"], "augment": "crop-flip"},
+        "ema": {"reg": ["ema=0.9,asam=0.1,trace=0.01"], "draw": "labels", "label_noise": 0.2},
     }
     for number, (name, settings) in enumerate(rows.items()):
         given = {"train_examples": 60, "batch_size": 10, "epochs": 2, "warmup": 0.0,

@@ -161,6 +161,19 @@ def test_what_cannot_go_on(tmp_path):
         make_run(tmp_path / "r", resume=True, **settings)
 
 
+def test_a_model_that_cannot_be_copied(tmp_path):
+    (tmp_path / "m.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "    def __deepcopy__(self, memo):\n"
+        "        raise TypeError('no copies')\n"
+    )
+    with pytest.raises(ConfigError, match=r"--reg ema keeps an averaged copy .* no copies"):
+        make_run(tmp_path / "r", reg="ema", model=f"{tmp_path / 'm.py'}:Net", model_arg={})
+
+
 def test_two_averages_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="swa and ema both average the weights"):
         make_run(tmp_path / "r", reg="swa,ema")
