@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import time
 
 import pytest
 import torch
@@ -122,7 +123,9 @@ def test_what_is_measured_is_the_runs_own_clock(monkeypatch):
 
 
 @pytest.mark.slow
-def test_measured_seconds_are_within_a_tenth(tmp_path):
+def test_measured_seconds_are_within_a_tenth(monkeypatch, tmp_path):
+    """By the clock of this process, which other work on the machine does not move."""
+    monkeypatch.setattr("hesstrace_cli.training.trainer.time.monotonic", time.process_time)
     flags = ("--train-examples", "400", "--epochs", "12", "--model-arg", "width=8", "--seeds", "0",
              "--equal", "time", "--reg", "none", "--reg", "trace", "--reg", "sam", "--reg", "ema",
              "--out", tmp_path / "c")  # fmt: skip
