@@ -152,6 +152,9 @@ SLOW = (
     "language_trace.py",
     "penalty_settings.py",
     "--batches 1",
+    "compare_digits_rivals.yaml",
+    "compare_digits_equal_time.yaml",
+    "--equal time",
     "--dataset mnist,fashion-mnist",
 )
 
