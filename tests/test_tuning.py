@@ -56,6 +56,20 @@ def test_the_optimum_is_found(tmp_path, optimum):
     assert 1 / 1.3 < nearer / optimum < 1.3
 
 
+def test_few_epochs_do_not_rule_out_larger_strengths(tmp_path):
+    """What overfits only later is ahead at first, by little; what is too strong is far behind."""
+
+    def evaluate(strengths, epochs):
+        if epochs > STEPS[0]:
+            return [math.log10(s / 0.0316) ** 2 for s in strengths]
+        return [1 + 0.01 * math.log10(s / 1e-4) + (s > 0.2) for s in strengths]
+
+    study = searched(tmp_path, evaluate, sizes=[9])
+    assert tuning.strength_of(tuning.best(study)) == 0.0316
+    tried = [t["strength"] for t in tuning.trial_records(study) if t["epochs"] > STEPS[0]]
+    assert tried == [0.01, 0.0316, 0.1]
+
+
 def test_what_is_left_is_worse_and_what_diverged_is_never_gone_on_with(tmp_path):
     evaluate, _ = made(0.001)
     trials = tuning.trial_records(searched(tmp_path, evaluate, sizes=[9]))
@@ -168,6 +182,10 @@ def test_the_command(tmp_path, monkeypatch, measured):
     assert whole["spent"] <= whole["budget"] == 2
     assert "compared by validation loss after 1, 2, 4 epochs" in said.stderr
     assert f"train with: {whole['command']}" in said.stderr
+    for trial in whole["trials"]:  # each was left where it says
+        run = f"whole/runs/digits-small-cnn-label-smoothing{trial['strength']:g}-seed0"
+        lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == trial["epochs"]
     train = tune.train_all
 
     def dies(*arguments):

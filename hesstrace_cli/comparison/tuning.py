@@ -1,10 +1,11 @@
 """A strength looked for on validation, in an Optuna study that lies in the folder and is resumed.
 
 Successive halving: n strengths are trained to the first rung (a ninth of the epochs), the best
-third of them on to the second (a third of the epochs), the best third of these to the end. A run
-is left at its rung and gone on with, to the bit; the schedules are those of the whole run. The
-strengths of the first bracket lie evenly in the range's logarithm. Where the budget pays for more
-brackets, Optuna's TPE suggests theirs, having seen those before.
+third of them on to the second (a third of the epochs), the best third of these to the end; of
+those as good as the best the larger ones, since few epochs favour small strengths. A run is left
+at its rung and gone on with, to the bit; the schedules are those of the whole run. The strengths
+of the first bracket lie evenly in the range's logarithm. Where the budget pays for more brackets,
+Optuna's TPE suggests theirs, having seen those before.
 
 Source:
     Jamieson, Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
@@ -45,6 +46,7 @@ STUDY = "study.journal"
 _FACTOR = 3  # of a rung's strengths one in so many goes on, to so many times the epochs
 _MOST = 9  # strengths of a bracket: two a decade of the usual range
 _FEWEST = 3  # that the first must have for a choice
+_TIE = 0.1  # share of the least loss within which another is as good, at first; none at the end
 _NAME = "strength"
 
 Evaluate = Callable[[Sequence[float], int], Sequence[float | None]]
@@ -256,14 +258,34 @@ def _halve(study: Study, numbers: Sequence[int], steps: Sequence[int], evaluate:
         }
         for number in alive:
             _report(study, trials[number], epochs, losses[number])
-        ranked = sorted(alive, key=lambda number: (losses[number], number))
-        ranked = [number for number in ranked if losses[number] < math.inf]
+        ranked = _ranked(trials, losses, _TIE * (1 - epochs / steps[-1]))
         is_last = epochs == steps[-1]
         going_on = [] if is_last else ranked[: max(1, len(alive) // _FACTOR)]
         for number in alive:
             if number not in going_on:
                 _end(study, trials[number], losses[number] if is_last else math.inf)
         alive = sorted(going_on)
+
+
+def _ranked(trials: Sequence[FrozenTrial], losses: Mapping[int, float], tie: float) -> list[int]:
+    """The trials with a loss, best first; of those as good as the best the larger strengths first.
+
+    Few epochs favour small strengths, as what a large one is for, overfitting, is yet to come.
+
+    Args:
+        trials: By number.
+        losses: By number, infinite where a run diverged.
+        tie: The share of the least loss within which one is as good.
+    """
+    found = [number for number, loss in losses.items() if loss < math.inf]
+    least = min((losses[number] for number in found), default=0.0)
+
+    def place(number: int) -> tuple[bool, float, int]:
+        if losses[number] <= least * (1 + tie):
+            return False, -strength_of(trials[number]), number
+        return True, losses[number], number
+
+    return sorted(found, key=place)
 
 
 def _report(study: Study, trial: FrozenTrial, epochs: int, loss: float) -> None:
