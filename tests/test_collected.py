@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -104,6 +105,9 @@ def test_runs_of_other_settings_are_compared_apart(tmp_path):
         assert together[epochs - 1] == alone["rows"]
         assert len(alone["settings"]) == 1
         assert alone["rows"][1]["difference_to_none"]["test_loss"]["mean"] is not None
+    lines = list(csv.DictReader((tmp_path / "r/results.csv").read_text().splitlines()))
+    assert [line["strength label-smoothing"] for line in lines] == ["", "0.1"] * 2
+    assert [line["setting epochs"] for line in lines] == ["1", "1", "2", "2"]
     for text in (result.stdout, (tmp_path / "r/results.md").read_text()):
         assert "epochs 1: mean" in text
         assert "epochs 2: mean" in text
