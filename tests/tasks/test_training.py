@@ -137,6 +137,20 @@ def test_the_penalty_lowers_the_trace(task, settings, tmp_path):
     assert json.loads((tmp_path / "none" / "summary.json").read_text())["task"] == task
 
 
+@pytest.mark.parametrize("reg", ["trace=0.003", "trace-held=0.003"])
+def test_parts_of_token_sequences_by_example_equal_the_big_batch(reg, settings, tmp_path):
+    """Whose output layer is taken apart: the signs are those that examples have in their batch."""
+    runs = [
+        train_to_end(
+            tmp_path / str(rounds), **settings("tokens", accumulate=rounds, reg=reg, form="example")
+        )
+        for rounds in (1, 3)
+    ]
+    assert_close(*(dict(run.trainer.model.state_dict()) for run in runs))
+    ways = runs[0].trainer.regularizers[0].description()["form_reason"]
+    assert ways == "3 of 5 tensors by example; 2 in closed form"
+
+
 def test_the_summary_says_which_factor_of_the_trace_fell(settings, tmp_path):
     run = train_to_end(tmp_path / "a", **settings("tokens", reg="trace-held=0.01", form="example"))
     change = run.finish()["trace_change"]
