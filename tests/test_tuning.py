@@ -30,7 +30,9 @@ def made(optimum):
     def evaluate(strengths, epochs):
         asked.append((list(strengths), epochs))
         far = [math.log10(s / optimum) for s in strengths]
-        return [x**2 * epochs / 45 + 1 / epochs if x < 1.9 else None for x in far]
+        return [
+            [x**2 * e / 45 + 1 / e for e in range(1, epochs + 1)] if x < 1.9 else None for x in far
+        ]
 
     return evaluate, asked
 
@@ -61,13 +63,24 @@ def test_few_epochs_do_not_rule_out_larger_strengths(tmp_path):
 
     def evaluate(strengths, epochs):
         if epochs > STEPS[0]:
-            return [math.log10(s / 0.0316) ** 2 for s in strengths]
-        return [1 + 0.01 * math.log10(s / 1e-4) + (s > 0.2) for s in strengths]
+            return [[math.log10(s / 0.0316) ** 2] for s in strengths]
+        return [[2.0, 1 + 0.03 * math.log10(s / 1e-4) + (s > 0.2)] for s in strengths]
 
     study = searched(tmp_path, evaluate, sizes=[9])
     assert tuning.strength_of(tuning.best(study)) == 0.0316
     tried = [t["strength"] for t in tuning.trial_records(study) if t["epochs"] > STEPS[0]]
     assert tried == [0.01, 0.0316, 0.1]
+
+
+def test_where_little_was_learnt_little_is_a_difference(tmp_path):
+    """Loss near chance at first, slowly less for small strengths: no strong one goes on."""
+
+    def evaluate(strengths, epochs):
+        return [[2.3, 2.3 - 0.02 * epochs / (1 + s)] for s in strengths]
+
+    trials = tuning.trial_records(searched(tmp_path, evaluate, sizes=[9]))
+    assert max(t["strength"] for t in trials if t["epochs"] > STEPS[0]) == 0.1
+    assert tuning.strength_of(tuning.best(searched(tmp_path, evaluate, sizes=[9]))) == 0.01
 
 
 def test_what_is_left_is_worse_and_what_diverged_is_never_gone_on_with(tmp_path):
@@ -224,14 +237,14 @@ def test_runs_side_by_side_are_the_same(tmp_path, measured):
 
 
 def test_an_edge_is_said(tmp_path, measured, monkeypatch):
-    monkeypatch.setattr(tuning, "val_loss", lambda run, epoch: -run.config.lr)  # all are equal
+    monkeypatch.setattr(tuning, "val_losses", lambda run, epochs: [-0.05])  # all are equal
     found, said = tuned("edge")
     assert found["at_edge"]
     assert found["strength"] == 0.001
     assert "0.001 is at an edge of what was tried" in said.stderr
     best = tuning.spread(0.001, 1.0, tuning.brackets(3, 1.0, [1, 2, 4])[0])[4]
     monkeypatch.setattr(
-        tuning, "val_loss", lambda run, epoch: -float(f"={best:g}" in run.regularizer)
+        tuning, "val_losses", lambda run, epochs: [-float(f"={best:g}" in run.regularizer)]
     )
     found, said = tuned("inside", "--budget", "3")
     assert (found["strength"], found["at_edge"]) == (best, False)

@@ -62,10 +62,10 @@ def tune(*, flags: dict[str, Any], config: str | None) -> None:
         f"step takes {cost:.2f} times a plain one"
     )
 
-    def evaluate(strengths: Sequence[float], epochs: int) -> list[float | None]:
+    def evaluate(strengths: Sequence[float], epochs: int) -> list[list[float] | None]:
         runs = [tuning.planned(settings, strength, epochs) for strength in strengths]
         train_all(grid.pending(runs), settings.jobs)
-        return [tuning.val_loss(run, epochs) for run in runs]
+        return [tuning.val_losses(run, epochs) for run in runs]
 
     tuning.search(study, bounds, sizes, steps, evaluate, settings.seed)
     lock.release()

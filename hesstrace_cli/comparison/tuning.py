@@ -46,11 +46,12 @@ STUDY = "study.journal"
 _FACTOR = 3  # of a rung's strengths one in so many goes on, to so many times the epochs
 _MOST = 9  # strengths of a bracket: two a decade of the usual range
 _FEWEST = 3  # that the first must have for a choice
-_TIE = 0.1  # share of the least loss within which another is as good, at first; none at the end
+_TIE = 0.1  # share of what was learnt by which a loss may be higher and as good
 _NAME = "strength"
 
-Evaluate = Callable[[Sequence[float], int], Sequence[float | None]]
-"""Trains the runs of strengths up to an epoch; their validation losses there, None if diverged."""
+Evaluate = Callable[[Sequence[float], int], Sequence[Sequence[float] | None]]
+"""Trains the runs of strengths up to an epoch; their validation losses after each epoch so far,
+None of one that diverged."""
 
 
 def root(config: TuneConfig) -> Path:
@@ -78,11 +79,12 @@ def _run(config: TuneConfig, entries: Sequence[str], until: int | None) -> Plann
     return PlannedRun(0, name, run, None if until == run.epochs else until)
 
 
-def val_loss(run: PlannedRun, epoch: int) -> float | None:
-    """On the validation split after an epoch that is done; None where the run diverged."""
+def val_losses(run: PlannedRun, epochs: int) -> list[float] | None:
+    """On the validation split after each of the epochs; None where the run diverged."""
     if run.diverged.is_file():
         return None
-    return read_epochs(run.folder.metrics)[epoch - 1].get("val_loss")
+    found = [epoch.get("val_loss") for epoch in read_epochs(run.folder.metrics)[:epochs]]
+    return [math.inf if loss is None else loss for loss in found]
 
 
 def settings_of(config: TuneConfig) -> dict[str, Any]:
@@ -251,41 +253,45 @@ def _halve(study: Study, numbers: Sequence[int], steps: Sequence[int], evaluate:
     alive = list(numbers)
     for epochs in steps:
         trials = study.get_trials(deepcopy=False)
-        values = evaluate([strength_of(trials[number]) for number in alive], epochs)
-        losses = {
-            number: math.inf if value is None else value
-            for number, value in zip(alive, values, strict=True)
-        }
+        curves = dict(
+            zip(alive, evaluate([strength_of(trials[n]) for n in alive], epochs), strict=True)
+        )
+        losses = {n: curve[-1] if curve else math.inf for n, curve in curves.items()}
         for number in alive:
             _report(study, trials[number], epochs, losses[number])
-        ranked = _ranked(trials, losses, _TIE * (1 - epochs / steps[-1]))
+        keep = max(1, len(alive) // _FACTOR)
+        ranked = [n for n in sorted(alive, key=lambda n: (losses[n], n)) if losses[n] < math.inf]
+        if keep > 1 and ranked:
+            ranked = _larger_first(ranked, trials, losses, curves[ranked[0]] or [0.0])
         is_last = epochs == steps[-1]
-        going_on = [] if is_last else ranked[: max(1, len(alive) // _FACTOR)]
+        going_on = [] if is_last else ranked[:keep]
         for number in alive:
             if number not in going_on:
                 _end(study, trials[number], losses[number] if is_last else math.inf)
         alive = sorted(going_on)
 
 
-def _ranked(trials: Sequence[FrozenTrial], losses: Mapping[int, float], tie: float) -> list[int]:
-    """The trials with a loss, best first; of those as good as the best the larger strengths first.
+def _larger_first(
+    ranked: Sequence[int],
+    trials: Sequence[FrozenTrial],
+    losses: Mapping[int, float],
+    best: Sequence[float],
+) -> list[int]:
+    """The ranked trials, of those about as good as the best the larger strengths first.
 
     Few epochs favour small strengths, as what a large one is for, overfitting, is yet to come.
 
     Args:
+        ranked: By their losses.
         trials: By number.
-        losses: By number, infinite where a run diverged.
-        tie: The share of the least loss within which one is as good.
+        losses: By number.
+        best: The losses of the first of them after each epoch; what it has learnt since the first
+            epoch is what differences are small beside.
     """
-    found = [number for number, loss in losses.items() if loss < math.inf]
-    least = min((losses[number] for number in found), default=0.0)
-
-    def place(number: int) -> tuple[bool, float, int]:
-        if losses[number] <= least * (1 + tie):
-            return False, -strength_of(trials[number]), number
-        return True, losses[number], number
-
-    return sorted(found, key=place)
+    tie = best[-1] + _TIE * max(0.0, best[0] - best[-1])
+    good = [number for number in ranked if losses[number] <= tie]
+    good.sort(key=lambda number: -strength_of(trials[number]))
+    return [*good, *(number for number in ranked if number not in good)]
 
 
 def _report(study: Study, trial: FrozenTrial, epochs: int, loss: float) -> None:
