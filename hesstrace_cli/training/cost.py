@@ -25,7 +25,7 @@ from hesstrace_cli.regularizers.trace import TraceRegularizer
 from hesstrace_cli.training.trainer import Trainer
 
 _ROUNDS, _STEPS = 5, 4
-_SECONDS = 0.3  # of a round, to be long beside what else the machine does
+_PASSES, _SECONDS = 9, 0.2  # that an epoch's time is taken of, and of each
 
 Key = TypeVar("Key")
 
@@ -87,46 +87,42 @@ def epoch_seconds(configs: Mapping[Key, TrainConfig]) -> dict[Key, float]:
     """
     with random_state_kept(), contextlib.ExitStack() as stack:
         clocks = {key: _Clock(Trainer.of(config), stack) for key, config in configs.items()}
-        for _ in range(_ROUNDS):
-            for clock in clocks.values():
-                clock.round()
-    return {key: seconds for key, clock in clocks.items() if (seconds := clock.epoch()) is not None}
+        passes = [{key: clock.step() for key, clock in clocks.items()} for _ in range(_PASSES)]
+    first = next((key for key in clocks if passes[0][key] is not None), None)
+    found: dict[Key, float] = {}
+    for key, clock in clocks.items():
+        # Over the first row's in the same pass: what slows a machine for a while slows both.
+        pairs = [(own[key], own[first]) for own in passes if first is not None]
+        ratios = [a / b for a, b in pairs if a is not None and b]
+        if ratios:
+            base = statistics.median(b for _, b in pairs if b)
+            found[key] = statistics.median(ratios) * base * clock.steps_per_epoch
+    return found
 
 
 class _Clock:
-    """Times some more of a run's steps in each round."""
+    """Times some more of a run's steps in each pass."""
 
     def __init__(self, trainer: Trainer, stack: contextlib.ExitStack) -> None:
-        self._trainer, self._every = trainer, trainer.config.every
+        self._trainer, every = trainer, trainer.config.every
+        self.steps_per_epoch = trainer.steps_per_epoch
         steps: Any = trainer.advance()
         self._steps = stack.enter_context(contextlib.closing(steps))
-        self._of_a_step: list[float] = []
-        first = self._seconds(max(_STEPS, self._every))
-        self._size = self._every * max(
-            math.ceil(_STEPS / self._every),
-            math.ceil(_SECONDS / self._every / first) if first else 1,
-        )
+        first = self._mean(max(_STEPS, every))
+        least = math.ceil(_STEPS / every)
+        self._size = every * max(least, math.ceil(_SECONDS / every / first) if first else 1)
 
-    def _seconds(self, steps: int) -> float | None:
-        """Of a step, on average over some; None at the end of the run, or where it diverges."""
+    def step(self) -> float | None:
+        """Seconds of a step, some steps on; None where none is left."""
+        return self._mean(self._size)
+
+    def _mean(self, steps: int) -> float | None:
         before, begun = self._trainer.seconds, self._trainer.step
         with contextlib.suppress(NumericsError):
             for _ in itertools.islice(self._steps, steps):
                 pass
         done = self._trainer.step - begun
         return (self._trainer.seconds - before) / done if done else None
-
-    def round(self) -> None:
-        """Some steps more."""
-        seconds = self._seconds(self._size)
-        if seconds is not None:
-            self._of_a_step.append(seconds)
-
-    def epoch(self) -> float | None:
-        """Seconds of an epoch, by the median of the rounds."""
-        if not self._of_a_step:
-            return None
-        return statistics.median(self._of_a_step) * self._trainer.steps_per_epoch
 
 
 def penalty_costs(config: DataConfig) -> Iterator[Row]:
