@@ -55,7 +55,7 @@ def test_paper_settings_train_for_a_step(file, tmp_path):
     }  # fmt: skip
     if "wikitext2" in file.name:
         for part in ("train", "valid", "test"):
-            (tmp_path / f"{part}.txt").write_text("a b a c " * 18)
+            (tmp_path / f"{part}.txt").write_text("a b a c " * 10)
         changes |= {"dataset": f"text:{tmp_path}", "num_classes": None}
     if is_comparison(file):
         config = resolve(CompareConfig, {**changes, "seeds": [0]}, str(file))

@@ -205,6 +205,7 @@ def test_an_empty_text_names_nothing(tmp_path, command, flag):
 # --- longer runs
 
 LONGER = {
+    "on a plateau": {"schedule": "plateau", "lr": 0.5},
     "constant": {"schedule": "constant"},
     "constant, penalty without a warm-up": {
         "schedule": "constant", "reg": "trace=0.01", "warmup": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -286,10 +287,11 @@ class Trainer:
         generator = Generator().manual_seed(derived_seed(config.seed, "order"))
         order = torch.randperm(len(self.data.train), generator=generator)
         targets = self.data.train.targets
-        if not task.counts_all:  # a loss of no terms has all derivatives right
-            order = order[[task.num_terms(targets[i]) > 0 for i in order]]
         tried = min(_TRIED_EXAMPLES, config.batch_size)
-        examples = next(self.data.train.parts([order[: _MORE * tried]]))
+        # A loss of no terms has all derivatives right.
+        counting = (i for i in order if task.counts_all or task.num_terms(targets[i]) > 0)
+        looked_at = torch.stack(list(itertools.islice(counting, _MORE * tried)))
+        examples = next(self.data.train.parts([looked_at]))
         X, y = (each.to(self._built_on) for each in examples)
         self._check_augmentation(X, y)
         regularizers = build(strengths, config)
