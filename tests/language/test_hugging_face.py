@@ -37,12 +37,10 @@ def test_a_gpt2_of_two_layers_trains_penalised_and_is_estimated(form, flags, tmp
     assert summary["trace_penalty"]["curvature"] == "ggn"
     assert set(summary["metrics"]) == {"perplexity", "accuracy"}
     estimate = ["estimate-trace", out / "last.pt", "--json", "-"]
-    for curvature in ("hessian", "ggn"):
-        result = invoke(*estimate, "--curvature", curvature, "--num-probes", "2")
-        assert result.exit_code == 0, result.output + repr(result.exception)
-        record = json.loads(result.stdout)
-        assert record["task"] == "tokens"
-        assert record["trace"] != 0
+    result = invoke(*estimate, "--curvature", "ggn", "--num-probes", "2")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert json.loads(result.stdout)["trace"] > 0
+    assert summary["trace"]["trace"] != 0
     content = torch.load(out / "last.pt", weights_only=True)
     assert content["state_dict"]["transformer.wte.weight"].shape == (11, 8)  # the text's words
 
@@ -63,6 +61,7 @@ def test_weights_in_a_folder_are_taken(flags, tmp_path):
     torch.testing.assert_close(run.trainer.model.eval()(X).logits, expected)
 
 
+@pytest.mark.slow
 def test_classes_of_sequences(tmp_path, flags):
     changes = {"pad_token_id": 0, "vocab_size": 9}
     (tmp_path / "gpt2.json").write_text(json.dumps({**GPT2, **changes}))

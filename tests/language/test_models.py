@@ -26,6 +26,9 @@ def name(request):
     return request.param
 
 
+@pytest.mark.parametrize(
+    "name", [n if "tied" in n else pytest.param(n, marks=pytest.mark.slow) for n in SMALL]
+)
 def test_the_exact_diagonal(name, monkeypatch):
     monkeypatch.setattr(method_choice, "MAX_DIAGONAL", 1000)
     config = EstimateConfig(method="exact", dtype="float64", batch_size=3)
