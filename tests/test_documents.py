@@ -152,6 +152,7 @@ SLOW = (
     "language_trace.py",
     "penalty_settings.py",
     "--batches 1",
+    "--epochs 27",
     "compare_digits_rivals.yaml",
     "compare_digits_equal_time.yaml",
     "--equal time",
