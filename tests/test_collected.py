@@ -41,9 +41,15 @@ def another(item):
         "device": "cuda", "data_dir": "d", "num_classes": 12, "image_size": 9, "train_examples": 50,
         "keep_prob": 0.25, "momentum": 0.5, "task": "multilabel", "class_weights": "balanced",
         "ignore_index": 255, "form": "example", "penalty_examples": 0.5, "draw": "labels",
+        "tokens": "char",
     }  # fmt: skip
     if item.name in known:
         return known[item.name]
+    others = [choice for choice in item.metadata["choices"] if choice != default]
+    if others:
+        return others[0]
+    if default is None:
+        return {"int": 3, "float": 0.5}.get(str(item.type).split()[0], "word")
     return not default if isinstance(default, bool) else (default or 0) + type(default or 0)(2) / 4
 
 
