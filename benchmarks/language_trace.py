@@ -162,13 +162,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[str]:
     yield "| method | time, in forward and backward passes | passes | estimate (95 %) |"
     yield "| --- | ---: | ---: | ---: |"
     yield f"| forward and backward | {timed_again(model, split, size) / unit:.2f} | 1 | |"
-    for curvature in ("ggn", "hessian"):
+    wanted = arguments.methods.split(",")
+    for curvature in (c for c in ("ggn", "hessian") if c in wanted):
         yield of_ours(model, split, EstimateConfig(curvature=curvature, rtol=RTOL, batch_size=size),
                       unit)  # fmt: skip
     few = math.ceil(arguments.peer_tokens / LENGTH)
     batches = [(X[i : i + size], y[i : i + size]) for i in range(0, few, size)]
     torch.manual_seed(0)
-    for name in PEERS:
+    for name in (name for name in PEERS if name in wanted):
         if find_spec(name) is None:
             yield f"| {name} | not installed | | |"
         else:
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--peer-tokens", type=int, default=1_400)
     parser.add_argument("--samples", type=int, default=8, help="passes of the peers")
+    parser.add_argument("--methods", default="ggn,hessian," + ",".join(PEERS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=20)
