@@ -17,6 +17,7 @@ import argparse
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,8 +126,10 @@ def by_pyhessian(model: nn.Module, batches: Batches, samples: int) -> list[float
     from pyhessian import hessian
 
     loader = [(X, y.flatten()) for X, y in batches]
-    computer = hessian(Flat(model), nn.CrossEntropyLoss(), dataloader=loader, cuda=False)
-    return list(map(float, computer.trace(maxIter=samples, tol=0.0)))
+    with warnings.catch_warnings():  # of a cycle that it makes
+        warnings.simplefilter("ignore")
+        computer = hessian(Flat(model), nn.CrossEntropyLoss(), dataloader=loader, cuda=False)
+        return list(map(float, computer.trace(maxIter=samples, tol=0.0)))
 
 
 def by_curvlinops(model: nn.Module, batches: Batches, samples: int) -> list[float]:
