@@ -25,8 +25,8 @@ OF_G = [
     {"reg": "trace=0.1", "num_probes": 2},
     {"reg": "trace=0.1", "dropout_scheme": "block", "keep_prob": 0.3},
     {"reg": "trace=0.1", "dropout_scheme": "entry"},
-    {"reg": "trace=0.1", "model_arg": {"width": 4, "norm": "none"}},
-    {"reg": "trace=0.1", "model_arg": {**GELU, "norm": "group"}},
+    {"reg": "trace=0.1", "form": "batch", "model_arg": {"width": 4, "norm": "none"}},
+    {"reg": "trace=0.1", "form": "batch", "model_arg": {**GELU, "norm": "group"}},
 ]
 OF_H = [
     {"reg": "trace=0.001", "curvature": "hessian", "model_arg": GELU},

@@ -200,7 +200,7 @@ def test_memory_does_not_grow(tmp_path, curvature):
             counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     assert run.trainer.step == 500
     assert len(counts) == 5
-    assert max(counts) - min(counts) <= 5
+    assert max(counts) - counts[0] <= 5
 
 
 def test_float16_that_overflows_again_and_again_is_stopped(tmp_path):
@@ -281,7 +281,7 @@ def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
 
 def test_rounds_of_a_batch_see_the_same_dropout_masks(tmp_path):
     run = make_run(
-        tmp_path / "a", reg="trace=0.01,dropout=0.5", accumulate=2, warmup=0,
+        tmp_path / "a", reg="trace=0.01,dropout=0.5", form="batch", accumulate=2, warmup=0,
         model_arg={"width": 4, "norm": "none"},
     )  # fmt: skip
     outputs = []

@@ -86,7 +86,8 @@ class TracePenalty:
             be that of your criterion.
         curvature: "ggn" for tr(G), "hessian" for tr(H); "auto" takes tr(G).
         form: Of tr(G): "example" sums squared norms of every example's gradient, with far less
-            noise, "batch" takes the batch's; "auto" takes the batch's.
+            noise, "batch" takes the batch's; "auto" goes by example but for models that take batch
+            statistics.
         estimator: "dropout" drops parts of the probe (SEHT-D), "hutchinson" none (SEHT-H).
         dropout_scheme: What is dropped: tensor, block or entry.
         keep_prob: With which probability it is kept, in (0, 1]; divided out.

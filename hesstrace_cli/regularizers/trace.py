@@ -82,6 +82,23 @@ def choose_curvature(asked: str, objective: Objective, X: Tensor) -> CurvatureCh
     return CurvatureChoice("ggn", "auto: tr(G) is never negative and its estimate varies less")
 
 
+def choose_form(config: TrainConfig, objective: Objective, X: Tensor) -> FormChoice:
+    """Resolve `--form auto` of tr(G) for a model in training mode.
+
+    By example, where examples do not meet in batch statistics: there it ended at no higher test
+    loss and a lower trace (docs/results.md). Labels drawn and compiled models leave no choice.
+    """
+    if config.form != "auto":
+        return FormChoice(config.form, "as asked for")
+    if config.draw == "labels":
+        return FormChoice("batch", "auto: labels are drawn, as for the Fisher penalty")
+    if config.compile:
+        return FormChoice("batch", "auto: by example a compiled model has no graph to read")
+    if uses_batch_statistics(objective.model, X):
+        return FormChoice("batch", "auto: the model takes batch statistics")
+    return FormChoice("example", "auto: no batch statistics, and far less noise")
+
+
 class TraceRegularizer(Coupled):
     """lambda tr(H) or lambda tr(G) of the batch's mean loss, in training mode.
 
@@ -113,23 +130,18 @@ class TraceRegularizer(Coupled):
             labels=config.draw == "labels",
         )  # fmt: skip
         self.engine = Engine("taylor", "not checked")
-        self._take(CurvatureChoice(config.curvature, "as asked for"))
+        self._take(
+            CurvatureChoice(config.curvature, "as asked for"), FormChoice("batch", "not chosen yet")
+        )
         self._examples = ByExample()
         self._graph_checked = False
         self._compiled: CompiledSamples | None = None
 
-    def _take(self, choice: CurvatureChoice) -> None:
-        config = self.config
-        self.choice, self.form = choice, FormChoice("batch", "as asked for")
-        if config.form == "example":
-            self.form = FormChoice("example", "as asked for")
-        elif config.draw == "labels":
-            self.form = FormChoice("batch", "labels are drawn: the Fisher penalty's")
-        elif config.form == "auto":
-            self.form = FormChoice("batch", "auto: by example only where it is asked for")
+    def _take(self, choice: CurvatureChoice, form: FormChoice) -> None:
+        self.choice, self.form = choice, form
         # Compiled, or of fewer examples, the penalty takes a forward pass of its own.
-        self.order = 2 if self.of_g and not config.compile and not self.is_of_some else 1
-        self.in_parts = not config.compile or not self.of_g
+        self.order = 2 if self.of_g and not self.config.compile and not self.is_of_some else 1
+        self.in_parts = not self.config.compile or not self.of_g
 
     @property
     def is_of_some(self) -> bool:
@@ -165,7 +177,10 @@ class TraceRegularizer(Coupled):
                 f"--draw labels takes the outputs for a distribution of labels, and those of "
                 f"--task {objective.task.name} are none; leave it out"
             )
-        self._take(choose_curvature(config.curvature, objective, setting.X[:2]))
+        self._take(
+            choose_curvature(config.curvature, objective, setting.X[:2]),
+            choose_form(config, objective, setting.X[:2]),
+        )
         with hooks_off(objective.model):
             engine = choose_engine(
                 objective, setting.X, setting.y, curvature=self.choice.curvature,

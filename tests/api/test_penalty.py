@@ -136,12 +136,12 @@ class AllDraws:
 
 TENSORS, EXAMPLES = range(6), range(N)
 OPTIONS = {
-    "all tensors": ({"estimator": "hutchinson"}, [()]),
-    "default, half the tensors": ({}, list(itertools.combinations(TENSORS, 3))),
-    "blocks": ({"dropout_scheme": "block"}, [(i,) for i in TENSORS]),
+    "all tensors": ({"form": "batch", "estimator": "hutchinson"}, [()]),
+    "half the tensors": ({"form": "batch"}, list(itertools.combinations(TENSORS, 3))),
+    "blocks": ({"form": "batch", "dropout_scheme": "block"}, [(i,) for i in TENSORS]),
     "by example": ({"form": "example", "estimator": "hutchinson"}, [()]),
-    "by example, half the tensors": (
-        {"form": "example", "keep_prob": 0.5}, list(itertools.combinations(range(4), 2))
+    "default, by example, half the tensors": (
+        {}, list(itertools.combinations(range(4), 2))
     ),
     "half the examples": (
         {"penalty_examples": 0.5, "form": "example", "estimator": "hutchinson"},
@@ -237,7 +237,7 @@ def test_accumulation_of_four_is_one_big_batch():
 def test_accumulation_in_the_batch_form_is_unbiased(truths):
     plain, of_trace = truths["ggn"]
     model, draws = filled(Small()), []
-    penalty = TracePenalty(model, 0.3)
+    penalty = TracePenalty(model, 0.3, form="batch")
     for _ in range(200):
         halves = zip(X.chunk(2), Y.chunk(2), strict=True)
         draws.append(sum(penalised(model, penalty, *half) for half in halves) / 2)

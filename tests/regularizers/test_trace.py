@@ -188,6 +188,19 @@ def test_where_all_is_in_front_of_it_the_form_is_the_batchs():
     )
 
 
+@pytest.mark.parametrize(("settings", "form"), [
+    ({"model_arg": {"norm": "batch"}}, "batch"),
+    ({"model_arg": {"norm": "group"}}, "example"),
+    ({"model": "mlp"}, "example"),
+    ({"model": "mlp", "form": "batch"}, "batch"),
+    ({"model": "mlp", "draw": "labels"}, "batch"),
+])  # fmt: skip
+def test_the_form_that_auto_takes(tmp_path, settings, form):
+    """By example where no batch statistics let examples meet, and the run says so."""
+    run = make_run(tmp_path / "a", reg="trace=0.1", train_examples=40, **settings)
+    assert run.trainer.regularizers[0].description()["form"] == form
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_in_half_precision(tmp_path, precision, norm):
