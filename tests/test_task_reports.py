@@ -347,8 +347,8 @@ def test_real_summaries_are_collected(task, at, tmp_path):
             folder, config, data, model = at(task, name, seed)
             summary = {
                 "schema": "hesstrace/run/1", "regularizers": name,
-                **summarize(model, data, config, folder / "last.pt"), "trace_penalty": None,
-                "seconds": 1.0,
+                **summarize(model, data, config, folder / "last.pt", lambda: model),
+                "trace_penalty": None, "seconds": 1.0,
             }  # fmt: skip
             assert finite(summary)
             assert summary["task"] == task
