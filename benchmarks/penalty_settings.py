@@ -38,8 +38,10 @@ ROWS: dict[str, tuple[float, list[str]]] = {
     "batch, half of the tensors": (1.0, BATCH),
     "batch, all tensors": (1.0, [*BATCH, "--estimator", "hutchinson"]),
     "example": (1.0, EXAMPLE),
+    "example, every 2nd step, 2 x lambda": (2.0, [*EXAMPLE, "--every", "2"]),
     "example, every 4th step, 4 x lambda": (4.0, [*EXAMPLE, "--every", "4"]),
     "example, a quarter of the examples": (1.0, [*EXAMPLE, "--penalty-examples", "0.25"]),
+    "example, a quarter of the tensors": (1.0, ["--form", "example", "--keep-prob", "0.25"]),
     "example, half of the tensors": (1.0, ["--form", "example", "--keep-prob", "0.5"]),
 }
 """By name, how much of lambda a row takes, and its flags."""
