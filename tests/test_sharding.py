@@ -35,18 +35,18 @@ REFUSED = {
     "swa": ({"reg": ["swa"]}, "--reg swa cannot be used so: it keeps an average"),
     "fp16": ({**BY_EXAMPLE, "precision": "fp16"}, "--precision fp16"),
     "a tensor by batch": (
-        {**BY_EXAMPLE, "model": "tied.py:Tied", "model_arg": {}}, "has no norm by example"
+        {**BY_EXAMPLE, "model": "gated.py:Gated", "model_arg": {}}, "has no norm by example"
     ),
 }  # fmt: skip
-TIED = """
+GATED = """
 import torch
-class Tied(torch.nn.Module):
+class Gated(torch.nn.Module):
     def __init__(self, num_classes):
         super().__init__()
-        self.a = torch.nn.Linear(64, 64)
-        self.b = torch.nn.Linear(64, num_classes)
+        self.gate = torch.nn.Parameter(torch.zeros(64))
+        self.head = torch.nn.Linear(64, num_classes)
     def forward(self, X):
-        return self.b(torch.tanh(self.a(torch.tanh(self.a(X.flatten(1))))))
+        return self.head(torch.sigmoid(self.gate) * X.flatten(1))
 """
 
 
@@ -108,7 +108,7 @@ def work(rank, ports):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
-    (folder / "tied.py").write_text(TIED)
+    (folder / "gated.py").write_text(GATED)
     return folder, run_job(2, work, folder)
 
 

@@ -302,7 +302,7 @@ def test_verify_train_and_estimate_tell(tmp_path):
     assert result.exit_code == 4
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: norm rule of layer Gain, value is wrong")
-    assert invoke("train", *flags, "--out", tmp_path / "b").exit_code == 0
+    assert invoke("train", *flags, "--form", "batch", "--out", tmp_path / "b").exit_code == 0
     result = invoke("estimate-trace", tmp_path / "b" / "last.pt", *model)
     assert result.exit_code == 4
     assert "norm rule of layer Gain, value is wrong" in result.stderr
