@@ -113,6 +113,7 @@ def rows_of_forms() -> dict[str, dict[str, Any]]:
         "by example, a quarter": {**of_all, "penalty_examples": 0.25},
         "by example, an eighth": {**of_all, "penalty_examples": 0.125},
         "by example, every 4th step": {**of_all, "every": 4},
+        "by example, every 10th step": {**of_all, "every": 10},
         "by example, a quarter, every 2nd step": {
             **of_all, "penalty_examples": 0.25, "every": 2
         },
