@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hesstrace_cli.cli import app
+from hesstrace_cli.cli import app, signals
 from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.training.run import Run
 
@@ -22,6 +22,12 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_signal_has_come(monkeypatch):
+    """A test that sends one to its own process is not the next one's."""
+    monkeypatch.setattr(signals, "_came", [])
 
 
 def make_run(out, **settings) -> Run:

@@ -129,6 +129,7 @@ def test_what_cannot_be_planned(settings, words):
         config(**settings)
 
 
+@pytest.mark.slow
 def test_side_by_side_is_the_same_as_one_by_one(tmp_path):
     """Tuned, planned, diverging, stopped and collected: the same results in the end."""
     flags = (
@@ -184,6 +185,7 @@ def finished_rows(folder):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_through_a_shell_and_a_kill_in_the_middle(tmp_path):
     flags = [*TINY, "--reg", "none", "--reg", "trace=0.01", "--seeds", "0,1"]
     assert invoke("compare", *flags, "--out", tmp_path / "a").exit_code == 0

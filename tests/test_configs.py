@@ -34,14 +34,8 @@ def test_a_config_survives_its_yaml(tmp_path):
 PAPER = [file for file in CONFIGS if file.parent.name == "paper"]
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        f if f.name == "cifar10_seht_d.yaml" else pytest.param(f, marks=pytest.mark.slow)
-        for f in PAPER
-    ],
-    ids=lambda f: f.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", PAPER, ids=lambda f: f.name)
 def test_paper_settings_train_for_a_step(file, tmp_path):
     """On made data, two images or windows of each split, every run of the config."""
     g = np.random.default_rng(0)

@@ -151,6 +151,7 @@ SLOW = (
     "trace_to_tolerance.py",
     "language_trace.py",
     "penalty_settings.py",
+    "--dataset wikitext-2 --data-dir DIR --model lstm",
     "--batches 1",
     "--epochs 27",
     "compare_digits_rivals.yaml",

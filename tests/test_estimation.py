@@ -175,7 +175,9 @@ def test_exact_agrees_with_xtrace_run_to_convergence():
     assert converged.value == pytest.approx(exact.value, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["signs", "exact+hutchinson"])
+@pytest.mark.parametrize(
+    "name", ["signs", pytest.param("exact+hutchinson", marks=pytest.mark.slow)]
+)
 def test_intervals_cover_the_truth_where_curvature_is_heavy_tailed(name):
     """95 % intervals over 400 seeds; a few examples carry most of the trace."""
     activation, _ = CASES[name]

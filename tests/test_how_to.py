@@ -33,7 +33,7 @@ def test_there_is_a_page_for_each_thing_to_add():
     }
 
 
-LONG = ("data-set", "regularizer")  # with several runs each
+LONG = ("data-set", "regularizer", "model", "task")  # with several runs each
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,10 @@ TRAIN = (
     "penalty",
     [
         ["--reg", "trace=0.01,ema=0.9"],
-        ["--reg", "trace=0.003", "--curvature", "hessian"],
-        ["--reg", "trace=0.01", "--form", "example", "--shard"],
+        pytest.param(["--reg", "trace=0.003", "--curvature", "hessian"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--reg", "trace=0.01", "--form", "example", "--shard"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_two_processes_give_the_same_weights(tmp_path, penalty):
@@ -143,7 +145,11 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        (subprocess.Popen.terminate, "error: stopped by signal 15 in epoch"),
+        pytest.param(
+            subprocess.Popen.terminate,
+            "error: stopped by signal 15 in epoch",
+            marks=pytest.mark.slow,
+        ),
         (to_whole_group, "error: stopped by signal 2 in epoch"),
         (kill_second, "error: another process of the job is gone"),
     ],
