@@ -138,8 +138,8 @@ BENCHMARK_FLAGS = {
     "data.py": "--batch-size 2 --model mlp --workers 0",
     "language_trace.py": "--tokens 70 --peer-tokens 70 --samples 2 --steps 1 --width 4 "
                          "--batch-size 2 --cache cache",
-    "penalty_settings.py": "--epochs 1 --train-examples 40 --batch-size 8 --seeds 0 --draws 2 "
-                           "--only none example",
+    "penalty_settings.py": "--epochs 1 --train-examples 12 --batch-size 4 --seeds 0 --draws 2 "
+                           "--val-fraction 0 --only none example",
     "spectrum.py": "--model small-cnn --train-steps 2 --examples 8 --count-examples 8 "
                    "--batch-size 4 --rounds 1 --most 3",
     "step_cost.py": "--model small-cnn --image 8 --channels 1 --batch-size 4 --rounds 1 --draws 2 "
