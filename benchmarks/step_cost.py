@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", nargs="+", default=[""], help="rows with one of these in a name")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows, by name or a part of it")
     parser.add_argument("--compile", action="store_true", help="the compiled rows too")
     parser.add_argument("--forms", action="store_true", help="the rows by example instead")
     parser.add_argument("--grid", action="store_true", help="every combination")
@@ -244,7 +244,11 @@ def main() -> None:
         rows = rows_of_forms()
     if arguments.compile or arguments.grid:
         rows |= rows_compiled()
-    rows = {name: row for name, row in rows.items() if any(part in name for part in arguments.only)}
+    rows = {
+        name: row
+        for name, row in rows.items()
+        if any(part == name if part in rows else part in name for part in arguments.only)
+    }
     with tempfile.TemporaryDirectory() as folder:
         base = TrainConfig(
             model=arguments.model, dataset=made_images(Path(folder), arguments), epochs=100,

@@ -21,7 +21,8 @@ from hesstrace_cli.curvature.trace.change import Change, trace_change
 from hesstrace_cli.data import DataSet, Split, stratified_order
 from hesstrace_cli.errors import HesstraceError, ModelError, NumericsError
 
-_EXAMPLES = 2000  # of the trace; more make no difference to a comparison
+_TERMS = 2000  # of the trace; more make no difference to a comparison,
+_FEWEST, _MOST = 64, 2000  # nor do more examples, but terms of one are alike
 _CHANGE_EXAMPLES, _CHANGE_BATCH, _CHANGE_PROBES = 32, 32, 4
 
 
@@ -52,9 +53,7 @@ def summarize(
             f"the train loss is {train.loss:g} and the test loss {test.loss:g} after the last "
             f"step; the weights are in {checkpoint}"
         )
-    some = data.train
-    if len(some) > _EXAMPLES:
-        some = some.subset(stratified_order(some.targets, 0)[:_EXAMPLES])
+    some = for_a_trace(data.train)
     jacobian = input_jacobian(model, some, batch_size)
     return {
         "dataset": config.dataset,
@@ -84,6 +83,15 @@ def summarize(
         if config.top_eigenvalue
         else None,
     }
+
+
+def for_a_trace(split: Split) -> Split:
+    """As many examples as a trace needs, of all classes."""
+    wanted = math.ceil(_TERMS * len(split) / split.num_terms)
+    wanted = min(max(wanted, _FEWEST), _MOST)
+    if len(split) <= wanted:
+        return split
+    return split.subset(stratified_order(split.targets, 0)[:wanted])
 
 
 def _trace_change(

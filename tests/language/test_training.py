@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import torch.nn.functional as F
 
 from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.config.schedule import learning_rate
+from hesstrace_cli.data.preprocess import Preprocess
+from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ModelError, Stopped
 from hesstrace_cli.storage.checkpoints import read_checkpoint
+from hesstrace_cli.tasks import Classification, Tokens
 from hesstrace_cli.training import cost
+from hesstrace_cli.training.summary import for_a_trace
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
 from tests.test_resume import assert_same_run
 
@@ -226,3 +231,18 @@ def test_what_a_penalty_costs_without_cudnn_is_measured(settings, tmp_path, monk
     assert "takes 3.5 times as long here" in cost.cost_without_cudnn(penalised)
     assert cost.cost_without_cudnn(plain) is None
     assert cost.cost_without_cudnn(transformer.trainer) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "kept"),
+    [
+        (Classification(), (2500,), 2000),
+        (Tokens(), (2500, 10), 200),
+        (Tokens(), (2500, 35), 64),
+        (Tokens(), (50, 35), 50),
+    ],
+)
+def test_the_trace_of_a_run_is_over_as_many_terms_whatever_the_task(task, shape, kept):
+    targets = torch.arange(math.prod(shape)).reshape(shape) % 7
+    split = TensorSplit(targets, targets, Preprocess(), torch.float32, task)
+    assert len(for_a_trace(split)) == kept
