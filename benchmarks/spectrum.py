@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -86,7 +87,9 @@ def pyhessian_product(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) ->
 
     def pyhessian(v: Tensor) -> Tensor:
         parts = [x.view_as(p) for x, p in zip(v.split(sizes), params, strict=True)]
-        _, product = computer.dataloader_hv_product(parts)
+        with warnings.catch_warnings():  # of a cycle that it makes
+            warnings.simplefilter("ignore")
+            _, product = computer.dataloader_hv_product(parts)
         model.zero_grad()
         return torch.cat([x.flatten() for x in product]).detach()
 
