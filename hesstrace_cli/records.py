@@ -469,6 +469,7 @@ class ChosenRuns(TypedDict):
     """`chosen.json` of a comparison."""
 
     by: list[str]
+    at_edge: NotRequired[list[str]]
     runs: list[str]
 
 
@@ -574,6 +575,7 @@ class Comparison(TypedDict):
     num_unfinished: int
     settings: list[dict[str, object]]
     chosen_by: NotRequired[list[str]]
+    at_edge: NotRequired[list[str]]
     rows: list[Row]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from hesstrace_cli.comparison import grid
+from hesstrace_cli.comparison import choice, grid
 from hesstrace_cli.config import REGULARIZERS, CompareConfig, TrainConfig, key_of, resolve
 from hesstrace_cli.errors import ConfigError
 from tests.conftest import TINY, assert_one_line_error, invoke, train_to_end
@@ -155,10 +155,64 @@ def test_what_a_strength_is_chosen_by(compared):
         metrics = {**content["val_metrics"], "accuracy": accuracy}
         file.write_text(json.dumps({**content, "val_loss": loss, "val_accuracy": accuracy,
                                     "val_metrics": metrics}))  # fmt: skip
-    by = {metric: grid.choose_strengths(runs, metric)[1].regularizer
+    by = {metric: choice.choose_strengths(runs, metric)[1].regularizer
           for metric in (None, "loss", "accuracy")}  # fmt: skip
     assert by == {None: "weight-decay=0.5", "accuracy": "weight-decay=0.5",
                   "loss": "weight-decay=0.001"}  # fmt: skip
+
+
+def test_with_other_seeds_the_chosen_value_alone_is_trained(tmp_path):
+    out = tmp_path / "c"
+    flags = (
+        *TINY, "--reg", "none", "--reg", "weight-decay", "--tune", "weight-decay=0.5:0.001",
+        "--lr", "0.01", "--seeds", "0,1", "--tune-seeds", "1", "--out", out,
+    )  # fmt: skip
+    assert len(invoke("compare", *flags, "--plan").stdout.splitlines()) == 3
+    result = invoke("compare", *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "results.json").read_text())
+    none, decay = found["rows"]
+    assert (none["num_seeds"], decay["num_seeds"]) == (2, 2)
+    own = decay["regularizer"]
+    other = ({"weight-decay=0.5", "weight-decay=0.001"} - {own}).pop()
+    runs = {folder.name for folder in (out / "runs").iterdir() if folder.is_dir()}
+    assert {name.split("-none-")[-1] for name in runs if "-none-" in name} == {"seed0", "seed1"}
+    assert sum(own.replace("=", "") in name for name in runs) == 2
+    assert sum(other.replace("=", "") in name for name in runs) == 1
+    assert len(invoke("compare", *flags, "--plan").stdout.splitlines()) == 5
+    edge = own.partition("=")[2]
+    assert [words.split(",")[0] for words in found["at_edge"]] == [f"weight-decay={edge}"]
+    assert f"may lie beyond: weight-decay={edge}, the " in (out / "results.md").read_text()
+    assert json.loads((out / "results.json").read_text())["at_edge"] == found["at_edge"]
+    assert invoke("compare", out).exit_code == 0
+    again = json.loads((out / "results.json").read_text())
+    assert (again["at_edge"], again["rows"]) == (found["at_edge"], found["rows"])
+
+
+def test_what_is_at_an_edge():
+    settings = config(
+        reg=["none", "trace", "weight-decay,sam=0.1"],
+        tune=["trace=0.1:0.2:0.3", "weight-decay=0.01:0.1:0.02"],
+        seeds=[0],
+    )
+    runs = {run.regularizer: run for run in grid.plan(settings)}
+
+    def edges(*names):
+        return choice.at_edge(settings, [runs[name] for name in names])
+
+    assert edges("none", "trace=0.2", "sam=0.1,weight-decay=0.02") == []
+    assert edges("trace=0.3", "sam=0.1,weight-decay=0.01") == [
+        "trace=0.3, the most of 0.1 to 0.3",
+        "weight-decay=0.01 of sam=0.1,weight-decay=0.01, the least of 0.01 to 0.1",
+    ]
+    assert edges("trace=0.1", "trace=0.1") == ["trace=0.1, the least of 0.1 to 0.3"]
+
+
+def test_seeds_to_tune_by_are_some_of_the_seeds():
+    with pytest.raises(ConfigError, match=r"--tune-seeds is \[3\], expected some of \[0, 1\]"):
+        config(reg=["trace"], tune=["trace=0.1:0.2"], seeds=[0, 1], tune_seeds=[3])
+    with pytest.raises(ConfigError, match="there is no --tune"):
+        config(reg=["trace=0.1"], seeds=[0, 1], tune_seeds=[0])
 
 
 def test_a_task_without_accuracy(monkeypatch):
@@ -166,7 +220,7 @@ def test_a_task_without_accuracy(monkeypatch):
     said = {"task": "regression", "val_loss": 1.0, "val_metrics": {}}
     monkeypatch.setattr(grid.RunFolder, "summary", lambda _: said)
     with pytest.raises(ConfigError, match="--tune-by accuracy: --task regression has no accuracy"):
-        grid.choose_strengths(runs, "accuracy")
+        choice.choose_strengths(runs, "accuracy")
 
 
 def test_tune_by_without_tune_is_refused():

@@ -15,7 +15,7 @@ import torch
 
 from hesstrace_cli.analysis.evaluation import evaluate, generalization_report
 from hesstrace_cli.cli.train import _epoch_line
-from hesstrace_cli.comparison import grid
+from hesstrace_cli.comparison import choice, grid
 from hesstrace_cli.comparison.found import Found
 from hesstrace_cli.comparison.groups import with_settings
 from hesstrace_cli.comparison.table import MEASURES, tabulate, write
@@ -281,8 +281,8 @@ def test_a_strength_is_chosen_by_the_metric_of_the_task(task, tmp_path):
         run.folder.path.mkdir(parents=True)
         (run.folder.path / "summary.json").write_text(json.dumps(summary))
         assert read_summary(run.folder.path / "summary.json") == summary
-    assert {run.regularizer for run in grid.choose_strengths(runs)} == {"trace=0.2"}
-    assert grid.chosen_by(runs) == [best]
+    assert {run.regularizer for run in choice.choose_strengths(runs)} == {"trace=0.2"}
+    assert choice.chosen_by(runs) == [best]
 
 
 @pytest.mark.parametrize("task", TASKS)

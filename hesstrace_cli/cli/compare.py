@@ -58,33 +58,60 @@ def compare(
 
     runs = grid.plan(settings)
     if settings.plan and settings.equal == "epochs":
-        _print_plan(runs)
+        _print_plan(settings, runs)
         return
     lock = grid.lock(grid.root(settings))
     if settings.equal == "time":
         runs = _for_equal_time(grid.root(settings), runs)
     if settings.plan:
-        _print_plan(runs)
+        _print_plan(settings, runs)
         lock.release()
         return
-    pending = grid.pending(runs)
-    grid.write_planned(grid.root(settings), runs)
-    if pending:
-        train_all(pending, settings.jobs)
-    chosen = grid.choose_strengths(runs, settings.tune_by)
-    if settings.tune:
-        grid.write_chosen(grid.root(settings), chosen, settings.tune_by)
-        _say_choices(runs, chosen, settings.tune_by)
+    chosen, measure = _trained(settings, runs)
     with screen.doing("timing a step of each row"):
-        costs = _step_costs(grid.root(settings), chosen, measure=bool(pending))
+        costs = _step_costs(grid.root(settings), chosen, measure=measure)
     _report(grid.results(chosen), costs, grid.root(settings))
     lock.release()
 
 
-def _print_plan(runs: Sequence[PlannedRun]) -> None:
+def _trained(settings: CompareConfig, runs: Sequence[PlannedRun]) -> tuple[list[PlannedRun], bool]:
+    """The runs of the rows, of chosen strengths, ended, and whether any was trained now."""
+    from hesstrace_cli.comparison import choice, grid
+
+    tried = choice.to_choose_from(settings, runs)
+    anew = _train(settings, tried)
+    chosen = choice.choose_strengths(tried, settings.tune_by)
+    if settings.tune:
+        _say_choices(tried, chosen, settings.tune_by)
+    rest = choice.of_other_seeds(runs, chosen)
+    anew = _train(settings, [*tried, *rest]) or anew
+    chosen = [*chosen, *rest]
+    if settings.tune:
+        edges = choice.at_edge(settings, chosen)
+        choice.write_chosen(grid.root(settings), chosen, settings.tune_by, edges)
+    return chosen, anew
+
+
+def _train(settings: CompareConfig, runs: Sequence[PlannedRun]) -> bool:
+    """Train those that are not done; whether there were any."""
     from hesstrace_cli.comparison import grid
 
-    for run in runs:
+    pending = grid.pending(runs)
+    grid.write_planned(grid.root(settings), runs)
+    if pending:
+        train_all(pending, settings.jobs)
+    return bool(pending)
+
+
+def _print_plan(settings: CompareConfig, runs: Sequence[PlannedRun]) -> None:
+    """Those of a choice that is yet to be made, or all."""
+    from hesstrace_cli.comparison import choice, grid
+
+    tried = choice.to_choose_from(settings, runs)
+    if settings.tune_seeds and all(run.done for run in tried):
+        chosen = choice.choose_strengths(tried, settings.tune_by)
+        tried = [*tried, *choice.of_other_seeds(runs, chosen)]
+    for run in tried:
         screen.echo(command_line(grid.arguments(run.config)))
 
 
@@ -133,6 +160,7 @@ def _report(found: Found, costs: dict[str, float], out: Path | None) -> None:
     chosen = None if out is None else read_chosen(out / CHOSEN)
     if chosen is not None and chosen["by"]:
         comparison["chosen_by"] = chosen["by"]
+        comparison["at_edge"] = chosen.get("at_edge", [])
     several = len({(row["dataset"], row["model"]) for row in comparison["rows"]}) > 1
     markdown = ""
     for table in tables.comparison_tables(comparison, several=several):
@@ -156,12 +184,14 @@ def _chosen_by(comparison: records.Comparison) -> Iterator[str]:
     metrics = [metric.replace("_", " ") for metric in comparison.get("chosen_by", ())]
     if metrics:
         yield f"Strengths are chosen by {' and '.join(metrics)} on validation."
+    for edge in comparison.get("at_edge", ()):
+        yield f"At the edge of what was tried, so that the best may lie beyond: {edge}."
 
 
 def _say_choices(
     runs: Sequence[PlannedRun], chosen: Sequence[PlannedRun], metric: str | None
 ) -> None:
-    from hesstrace_cli.comparison.grid import chosen_by
+    from hesstrace_cli.comparison.choice import chosen_by
 
     names = list(dict.fromkeys(run.regularizer for run in chosen))
     left = list(dict.fromkeys(run.regularizer for run in runs if run.regularizer not in names))

@@ -1,17 +1,15 @@
-"""The runs of a comparison: planned, run one by one or side by side, and chosen from."""
+"""The runs of a comparison: planned, and run one by one or side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,8 @@ from hesstrace_cli.config import CompareConfig, Row, TrainConfig, key_of
 from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError, Stopped
 from hesstrace_cli.storage.files import clear_leftovers, leftovers, write_atomically
 from hesstrace_cli.storage.locks import FolderLock
-from hesstrace_cli.storage.records import EQUAL_TIME, read_diverged, selected, task_name
+from hesstrace_cli.storage.records import EQUAL_TIME, read_diverged
 from hesstrace_cli.storage.runs import RunFolder, default_folder
-from hesstrace_cli.tasks import TASKS
-from hesstrace_cli.tasks.base import Selection
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _OF_A_RUN = {"reg", "lambda_", "seed", "out", "resume", "resume_or_start"}
@@ -206,36 +202,6 @@ def results(runs: Sequence[PlannedRun]) -> Found:
     return Found(finished, diverged, [])
 
 
-def choose_strengths(runs: Sequence[PlannedRun], by: str | None = None) -> list[PlannedRun]:
-    """For every row of the table the runs of the strength that is best on validation.
-
-    The mean over the seeds decides; of equal ones the first listed. A strength that diverged with
-    any seed is not chosen while another did not.
-
-    Args:
-        runs: All of them, ended.
-        by: "loss" or "accuracy"; None for what the task picks by.
-
-    Raises:
-        ConfigError: If there is a choice, and the task has no accuracy to choose by.
-    """
-    cells: dict[tuple[str, str, int], dict[str, list[PlannedRun]]] = {}
-    for run in runs:
-        key = (run.config.dataset, run.config.model, run.entry)
-        cells.setdefault(key, {}).setdefault(run.regularizer, []).append(run)
-    chosen: list[PlannedRun] = []
-    for candidates in cells.values():
-        chosen += max(candidates.values(), key=lambda own: _validation_score(own, by))
-    return chosen
-
-
-def write_chosen(folder: Path, chosen: Sequence[PlannedRun], by: str | None) -> None:
-    """Note the chosen runs, for `compare DIR` to collect them alone, and by what it was."""
-    names = [run.folder.path.name for run in chosen]
-    content = {"by": chosen_by(chosen, by), "runs": names}
-    write_atomically(folder / CHOSEN, json.dumps(content, indent=2) + "\n")
-
-
 def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
     """Note all runs, so that a table of those finished can say how many there are to be.
 
@@ -253,47 +219,6 @@ def write_planned(folder: Path, runs: Sequence[PlannedRun]) -> None:
     write_atomically(folder / PLANNED, json.dumps(planned, indent=2) + "\n")
     if not all(run.done for run in runs):
         (folder / CHOSEN).unlink(missing_ok=True)
-
-
-def chosen_by(runs: Iterable[PlannedRun], by: str | None = None) -> list[str]:
-    """What the strengths of finished runs were chosen by, each metric once."""
-    found = (run.folder.summary() for run in runs)
-    return list(dict.fromkeys(_selection(s, by).metric for s in found if s is not None))
-
-
-def _selection(summary: Mapping[str, Any], by: str | None) -> Selection:
-    """What a strength is chosen by.
-
-    Raises:
-        ConfigError: If the task has no such thing.
-    """
-    task = TASKS[task_name(summary)]
-    if by is None:
-        return task.selection
-    if by != "loss" and by not in task.higher_is_better:
-        raise ConfigError(
-            f"--tune-by {by}: --task {task.name} has no {by}; the runs are there, and "
-            "--tune-by loss chooses from them"
-        )
-    return Selection(by, higher_is_better=by != "loss")
-
-
-def _validation_score(runs: Iterable[PlannedRun], by: str | None) -> tuple[bool, float]:
-    """Whether every run has one, and the mean of those that have; the larger the better."""
-    found = [_score(run, by) for run in runs]
-    scores = [score for score in found if score is not None]
-    return len(scores) == len(found), statistics.fmean(scores) if scores else -math.inf
-
-
-def _score(run: PlannedRun, by: str | None) -> float | None:
-    summary = run.folder.summary()
-    if summary is None:
-        return None
-    selection = _selection(summary, by)
-    value = selected(summary, "val", selection.metric)
-    if value is None:
-        return None
-    return value if selection.higher_is_better else -value
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ from hesstrace_cli.config.regularizers import (
     parse_terms,
     regularizers_name,
 )
-from hesstrace_cli.config.rows import Row
+from hesstrace_cli.config.rows import Row, open_names
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.hints import did_you_mean, likely
 
@@ -45,6 +45,7 @@ __all__ = [
     "did_you_mean",
     "key_of",
     "likely",
+    "open_names",
     "parse_regularizers",
     "parse_terms",
     "read_yaml",

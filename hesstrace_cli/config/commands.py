@@ -382,6 +382,12 @@ class CompareConfig(TrainConfig):
         panel="Comparison",
         choices=("loss", "accuracy"),
     )
+    tune_seeds: list[int] = option(
+        [],
+        "seeds that --tune chooses by (default: all); with the others, the chosen alone is trained",
+        panel="Comparison",
+        minimum=0,
+    )
     equal: str = option(
         "epochs",
         "what all rows get: the same epochs, or the time of the slowest row's (measured before the "
@@ -400,8 +406,12 @@ class CompareConfig(TrainConfig):
         self.candidates()
         if self.tune_by is not None and not self.tune:
             raise ConfigError("--tune-by says what --tune chooses by, and there is no --tune")
+        if self.tune_seeds and not self.tune:
+            raise ConfigError("--tune-seeds says what --tune chooses by, and there is no --tune")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"--seeds is {self.seeds}, expected different whole numbers")
+        if set(self.tune_seeds) - set(self.seeds):
+            raise ConfigError(f"--tune-seeds is {self.tune_seeds}, expected some of {self.seeds}")
         for key in ("dataset", "model"):
             names = getattr(self, key).split(",")
             if not all(names) or len(set(names)) < len(names):

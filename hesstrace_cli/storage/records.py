@@ -102,7 +102,7 @@ _SUMMARY = _record(
     },
 )  # fmt: skip
 _DIVERGED = _record(_PLACE, {"reason": _TEXT})
-_CHOSEN = _record({"by": _list_of(_TEXT), "runs": _list_of(_TEXT)})
+_CHOSEN = _record({"by": _list_of(_TEXT), "runs": _list_of(_TEXT)}, {"at_edge": _list_of(_TEXT)})
 _EQUAL_TIME = _record({
     "epochs": _WHOLE,
     "rows": _list_of(_record({

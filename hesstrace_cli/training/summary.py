@@ -43,9 +43,9 @@ def summarize(
     Raises:
         NumericsError: If a loss is not finite.
     """
-    batch_size = max(config.batch_size, 256)
+    batch_size, traced = max(config.batch_size, 256), min(max(config.batch_size, 64), 250)
     if data.vocabulary is not None:  # logits of a large vocabulary are as large as training's
-        batch_size = config.batch_size
+        batch_size = traced = config.batch_size
     train, test = (evaluate(model, split, batch_size) for split in (data.train, data.test))
     val = None if data.val is None else evaluate(model, data.val, batch_size)
     if not math.isfinite(train.loss + test.loss):
@@ -74,7 +74,7 @@ def summarize(
         "metrics": test.finite_metrics(),
         "train_metrics": train.finite_metrics(),
         "val_metrics": None if val is None else val.finite_metrics(),
-        "trace": _trace(model, some, len(data.train), config, checkpoint),
+        "trace": _trace(model, some, len(data.train), traced, config, checkpoint),
         "trace_change": _trace_change(model, some, config.seed, untrained)
         if data.task.has_logit_scale
         else None,
@@ -123,11 +123,16 @@ def _top_eigenvalue(model: nn.Module, split: Split, batch_size: int, seed: int) 
 
 
 def _trace(
-    model: nn.Module, split: Split, population: int, config: TrainConfig, checkpoint: Path
+    model: nn.Module,
+    split: Split,
+    population: int,
+    batch_size: int,
+    config: TrainConfig,
+    checkpoint: Path,
 ) -> records.Trace | records.NoTrace:
     settings = EstimateConfig(
         model=config.model, dataset=config.dataset, seed=config.seed,
-        batch_size=min(max(config.batch_size, 64), 250), max_seconds=60, per_layer=True,
+        batch_size=batch_size, max_seconds=60, per_layer=True,
     )  # fmt: skip
     try:
         record = trace_record(model, split, settings, population=population)
