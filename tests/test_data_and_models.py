@@ -13,7 +13,7 @@ from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.data import load_data, stratified_order
 from hesstrace_cli.data.augment import crop_flip
 from hesstrace_cli.data.splits import DatasetSplit, TensorSplit
-from hesstrace_cli.errors import Stopped
+from hesstrace_cli.errors import ModelError, Stopped
 from hesstrace_cli.models import BUILT_IN, build_model
 from tests.conftest import make_run, train_to_end
 
@@ -118,3 +118,28 @@ def test_uneven_pooling_is_adaptive(shape):
     even = all(side // 2 % 2 == 0 for side in shape)
     assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules()) == (not even)
     assert model(torch.randn(2, 1, *shape)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "words"),
+    [
+        ("gpt", "heads", 0, "its heads is 0, expected a whole number, at least 1"),
+        ("lstm", "layers", -1, "at least 1"),
+        ("mlp", "width", 2.5, "its width is 2.5, expected a whole number"),
+        ("small-cnn", "width", True, "expected a whole number"),
+        ("wrn-16-4", "depth", -2, "at least 0"),
+        ("lstm", "dropout", "half", "its dropout is 'half', expected a number"),
+        ("lstm", "tied", "maybe", "expected true or false"),
+        ("gpt", "activation", 3, "expected a name"),
+        ("lstm", "wdth", 4, "did you mean 'width'. It takes width, layers, dropout, tied"),
+        ("resnet18", "width", 4, "It takes none"),
+    ],
+)
+def test_arguments_that_a_built_in_model_does_not_take(name, argument, value, words):
+    with pytest.raises(ModelError, match=words):
+        build_model(name, num_classes=3, in_shape=(4,), model_args={argument: value}, seed=0)
+
+
+def test_no_hidden_layer_and_a_whole_number_for_another():
+    build_model("mlp", num_classes=3, in_shape=(4,), model_args={"depth": 0}, seed=0)
+    build_model("lstm", num_classes=3, in_shape=(4,), model_args={"dropout": 0}, seed=0)

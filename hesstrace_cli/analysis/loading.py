@@ -24,6 +24,9 @@ from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.files import check_apart, files_of
 from hesstrace_cli.tasks import Task
 
+_ROUNDING = 1e-4
+"""Of outputs that are the same, relative to the largest."""
+
 
 def select_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is CUDA where there is one.
@@ -224,7 +227,31 @@ def check_fit(model: nn.Module, data: DataSet, name: str) -> int:
             f"model {name!r} gives outputs of shape {tuple(outputs.shape)} for {len(X)} examples, "
             f"expected {data.num_classes}, a logit for each class of {data.name}"
         )
+    if data.vocabulary is not None:
+        _check_order(model, X, data.num_classes, name)
     return width
+
+
+def _check_order(model: nn.Module, X: Tensor, num_classes: int, name: str) -> None:
+    """Refuse a model of a text whose outputs know the tokens that they are to tell.
+
+    Raises:
+        ModelError: If they change with the last token of a window, but for rounding.
+    """
+    other = X.clone()
+    other[:, -1] = (other[:, -1] + 1) % num_classes
+    outputs = []
+    with torch.no_grad(), eval_mode(model):
+        for each in (X, other):
+            with random_state_kept():  # a dropout that is active drops the same of both
+                outputs.append(native_outputs(model, each)[:, :-1])
+    off = (outputs[0] - outputs[1]).abs()
+    if off.numel() and bool(off.max() > _ROUNDING * outputs[0].abs().max()):
+        raise ModelError(
+            f"model {name!r} sees the tokens that it is to tell: its outputs change with the "
+            "tokens behind theirs; a text takes a causal model (some of Hugging Face's are with "
+            "--model-arg is_decoder=true)"
+        )
 
 
 def check_training_output(model: nn.Module, data: DataSet, name: str) -> None:

@@ -13,6 +13,7 @@ from hesstrace_cli.cli.signals import StopRequest, number_of
 from hesstrace_cli.config import (
     REGULARIZERS,
     TrainConfig,
+    is_text,
     resolve,
 )
 from hesstrace_cli.errors import Stopped
@@ -74,6 +75,8 @@ def warn_of_unused(settings: TrainConfig, names: Collection[str]) -> None:
         reasons.append((changed("dropout_scheme", "keep_prob"), "--estimator is hutchinson"))
     if settings.optimizer == "adamw":
         reasons.append((changed("momentum"), "--optimizer is adamw"))
+    if all(map(is_text, settings.dataset.split(","))) and settings.val_fraction:
+        reasons.append((changed("val_fraction"), "a text has a file for the validation"))
     for own, reason in reasons:
         if own:
             flags = ", ".join("--" + name.replace("_", "-") for name in own)

@@ -3,6 +3,9 @@
 from hesstrace_cli.config.commands import (
     SEQ_LEN,
     TASK_NAMES,
+    TEXT,
+    WIKITEXT,
+    WORD,
     CheckpointConfig,
     CompareConfig,
     DataConfig,
@@ -12,6 +15,7 @@ from hesstrace_cli.config.commands import (
     TrainConfig,
     TuneConfig,
     VerifyConfig,
+    is_text,
 )
 from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of, whole_number
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
@@ -32,6 +36,9 @@ __all__ = [
     "SEQ_LEN",
     "SMALLEST_SCALE",
     "TASK_NAMES",
+    "TEXT",
+    "WIKITEXT",
+    "WORD",
     "CheckpointConfig",
     "CompareConfig",
     "DataConfig",
@@ -43,6 +50,7 @@ __all__ = [
     "TuneConfig",
     "VerifyConfig",
     "did_you_mean",
+    "is_text",
     "key_of",
     "likely",
     "open_names",

@@ -31,6 +31,15 @@ from hesstrace_cli.errors import ConfigError
 TASK_NAMES = task_names()
 SEQ_LEN = 35
 """Tokens of a window of a text where `--seq-len` does not say it."""
+WORD = "word"
+"""What `--tokens` is where it is not given."""
+WIKITEXT, TEXT = "wikitext-2", "text:"
+"""The data sets that are texts: that one, and what begins with the other."""
+
+
+def is_text(dataset: str) -> bool:
+    """Whether a data set is a text."""
+    return dataset == WIKITEXT or dataset.startswith(TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,7 @@ class TrainConfig(DataConfig):
     dataset: str = inherited(DataConfig, "dataset", "digits")
     task: str = inherited(DataConfig, "task", "auto")
     data_dir: str = inherited(DataConfig, "data_dir", "data")
-    tokens: str = inherited(DataConfig, "tokens", "word")
+    tokens: str = inherited(DataConfig, "tokens", WORD)
     seq_len: int = inherited(DataConfig, "seq_len", SEQ_LEN)
     val_fraction: float = inherited(DataConfig, "val_fraction", 0.1)
     batch_size: int = inherited(DataConfig, "batch_size", 32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hesstrace_cli.config import LARGEST, SEQ_LEN, DataConfig, TrainConfig
+from hesstrace_cli.config import LARGEST, SEQ_LEN, WORD, DataConfig, TrainConfig, is_text
 from hesstrace_cli.data.checks import example_of, same_kind, stacked, targets_of
 from hesstrace_cli.data.held import HeldSplit
 from hesstrace_cli.data.label_noise import Relabelled, noisy
@@ -26,7 +26,7 @@ from hesstrace_cli.data.splits import (
     stratified_order,
 )
 from hesstrace_cli.data.targets import balanced_weights, count_outputs, task_and_reason
-from hesstrace_cli.data.text import is_text, read_text
+from hesstrace_cli.data.text import read_text
 from hesstrace_cli.data.windows import TextSplit
 from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.tasks import Task, task_of
@@ -100,13 +100,11 @@ def load_data(
     assert config.dataset is not None
     if is_text(config.dataset):
         return _load_text(config, device)
-    if config.vocab_size is not None or config.train_tokens is not None:
-        flag = "--train-tokens" if config.vocab_size is None else "--vocab-size"
-        raise ConfigError(f"{flag} is for a text; --dataset is {config.dataset}, leave it out")
     source = open_source(
         config.dataset, data_dir=config.data_dir or "data", download=config.download,
         image_size=config.image_size,
     )  # fmt: skip
+    _check_is_no_text(config)
     preprocess = _preprocess(config, source, recorded)
 
     def split(part: Arrays | Dataset[Any], name: str) -> Split:
@@ -144,6 +142,14 @@ def load_data(
             "expected the same"
         )
     return DataSet(config.dataset, train, val, test, num_classes, in_shape, preprocess, reason)
+
+
+def _check_is_no_text(config: DataConfig) -> None:
+    usual = {"vocab_size": None, "train_tokens": None, "tokens": WORD, "seq_len": SEQ_LEN}
+    for name, value in usual.items():
+        if getattr(config, name) not in (None, value):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for a text; --dataset is {config.dataset}, leave it out")
 
 
 def _load_text(config: DataConfig, device: torch.device) -> DataSet:

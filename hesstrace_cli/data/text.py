@@ -13,23 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesstrace_cli.config import SEQ_LEN, DataConfig, shortened
+from hesstrace_cli.config import SEQ_LEN, TEXT, WIKITEXT, WORD, DataConfig, shortened
 from hesstrace_cli.errors import ConfigError, DataError
 from hesstrace_cli.failures import is_out_of_memory
 from hesstrace_cli.paths import is_file, is_folder
 
-_WIKITEXT, _TEXT = "wikitext-2", "text:"
 _FILES = {
     "train": ("train.txt", "wiki.train.tokens"),
     "valid": ("valid.txt", "wiki.valid.tokens"),
     "test": ("test.txt", "wiki.test.tokens"),
 }
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
-
-
-def is_text(spec: str) -> bool:
-    """Whether a data set is a text."""
-    return spec == _WIKITEXT or spec.startswith(_TEXT)
+_MARK = "\ufeff"  # that some programs begin a file with to say that it is UTF-8
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ def read_text(config: DataConfig) -> Text:
     """
     spec = str(config.dataset)
     folder = Path(config.data_dir or "data") / spec
-    if spec.startswith(_TEXT):
-        folder = Path(spec.removeprefix(_TEXT))
+    if spec.startswith(TEXT):
+        folder = Path(spec.removeprefix(TEXT))
     valid = config.val_fraction != 0
     names = {part: _file(folder, part) for part in _FILES if valid or part != "valid"}
     raw = {part: _content(path) for part, path in names.items()}
@@ -94,9 +89,11 @@ def _file(folder: Path, part: str) -> Path:
     for name in _FILES[part]:
         if is_file(folder / name):
             return folder / name
-    where = "does not exist" if not is_folder(folder) else f"has no {' or '.join(_FILES[part])}"
+    where = f"has no {' or '.join(_FILES[part])}"
+    if not is_folder(folder):
+        where = "is a file, expected a folder" if is_file(folder) else "does not exist"
     hint = "; --val-fraction 0 does without" if part == "valid" and is_folder(folder) else ""
-    if folder.name == _WIKITEXT and not is_folder(folder):
+    if folder.name == WIKITEXT and not is_folder(folder):
         hint = "; --data-dir names the folder that it is in, and nothing is fetched"
     raise DataError(f"{str(folder)!r} {where}{hint}")
 
@@ -113,7 +110,7 @@ def _content(path: Path) -> bytes:
 
 def _of_training(content: bytes, name: str, config: DataConfig) -> tuple[Tensor, Vocabulary]:
     """The numbers of the training text, cut to `--train-tokens`, and the vocabulary."""
-    kind = config.tokens or "word"
+    kind = config.tokens or WORD
     most = config.train_tokens
     if kind in _SPLIT:
         items = _SPLIT[kind](_decoded(content, name))
@@ -143,7 +140,7 @@ def _of_training(content: bytes, name: str, config: DataConfig) -> tuple[Tensor,
 
 def _decoded(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(_MARK)
     except UnicodeDecodeError as problem:
         raise DataError(
             f"{name!r} is not UTF-8: byte {content[problem.start]:#04x} at position "
@@ -218,19 +215,41 @@ def _of_folder(name: str) -> Vocabulary:
         if is_file(folder / "tokenizer.json"):
             made = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         else:
-            made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # It would else ask on the terminal whether to run code that the folder names.
+            made = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as problem:  # the libraries raise many kinds, down to their Rust core's own
         if is_out_of_memory(problem):
             raise
-        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-        raise DataError(f"{name!r} holds no tokenizer that can be read: {reason}") from problem
+        raise _unreadable(folder, problem, "holds no tokenizer that can be read") from problem
 
     def encode(content: bytes, name: str) -> Tensor:
         text = _decoded(content, name)
-        found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as problem:
+            if is_out_of_memory(problem):
+                raise
+            raise _unreadable(folder, problem, f"cannot take {name!r} apart") from problem
+        if not found:
+            raise DataError(
+                f"{str(folder)!r} finds no token in {name!r}: the tokenizer's vocabulary is not in "
+                "the folder"
+            )
         return torch.tensor(found, dtype=torch.int64)
 
     numbered = sorted((number, token) for token, number in made.get_vocab().items())
+    if not numbered:
+        raise DataError(f"{name!r} holds a tokenizer without tokens")
     return Vocabulary(
         "tokenizer", 1 + numbered[-1][0], encode, _digest(f"{i} {t}" for i, t in numbered)
     )
+
+
+def _unreadable(folder: Path, problem: Exception, what: str) -> DataError:
+    """The error for a tokenizer that failed."""
+    reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+    if "trust_remote_code" in str(problem):
+        reason = "it names code of its own (auto_map), which is not run"
+    return DataError(f"{str(folder)!r} {what}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -68,6 +69,8 @@ def build_model(
     offered = {"num_classes": num_classes, "in_shape": tuple(in_shape)}
     if getattr(factory, "__init__", None) is nn.Module.__init__:  # it takes none, but says any
         offered = {}
+    if spec in BUILT_IN:
+        _check_arguments(spec, factory, model_args)
     arguments = {**accepted(factory, offered), **model_args}
     with random_state_kept():
         seed_defaults(seed)
@@ -88,6 +91,37 @@ def build_model(
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # a form of its gradient, which few second derivatives take
     return model
+
+
+_LEAST = {"depth": 0}  # of a number of layers or of what is in one, 1
+_KINDS: dict[type, str] = {float: "a number", bool: "true or false", str: "a name"}
+
+
+def _check_arguments(
+    spec: str, factory: Callable[..., nn.Module], given: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that a built-in model does not have, or of another kind.
+
+    Raises:
+        ModelError: Saying what is expected.
+    """
+    known = inspect.signature(factory, eval_str=True).parameters
+    for name, value in given.items():
+        if name not in known:
+            own = [each for each in known if each not in ("num_classes", "in_shape")]
+            raise ModelError(
+                f"model {spec!r} has no argument {shortened(name)}{did_you_mean(name, own)} It "
+                f"takes {', '.join(own) or 'none'}"
+            )
+        kind, least = known[name].annotation, _LEAST.get(name, 1)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is int and not (fits and value >= least):
+            expected = f"a whole number, at least {least}"
+        elif kind in _KINDS and not fits:
+            expected = _KINDS[kind]
+        else:
+            continue
+        raise ModelError(f"model {spec!r}: its {name} is {shortened(value)}, expected {expected}")
 
 
 def _check_model(model: Any, spec: str) -> None:

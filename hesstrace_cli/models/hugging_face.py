@@ -54,9 +54,11 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
     if task not in kinds:
         raise ModelError(f"{spec!r} is for --task {' and '.join(kinds)}, not for {task}")
     given = {"num_labels" if task == "classification" else "vocab_size": num_classes}
+    # Without the last it would ask on the terminal whether to run code that a config names.
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     has_weights = is_folder(place) and any(any(place.glob(glob)) for glob in _WEIGHTS)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(file), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(str(file), **how)
         unknown = [name for name in changes if not hasattr(config, name)]
         if unknown:
             raise ModelError(
@@ -66,11 +68,9 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
             changes = {**given, **changes}
         config.update({"use_cache": False, **changes})
         if not has_weights:
-            made: nn.Module = kinds[task].from_config(config)
+            made: nn.Module = kinds[task].from_config(config, trust_remote_code=False)
             return made
-        loaded: nn.Module = kinds[task].from_pretrained(
-            str(place), config=config, local_files_only=True
-        )
+        loaded: nn.Module = kinds[task].from_pretrained(str(place), config=config, **how)
         return loaded.float()
     except ModelError:
         raise
@@ -78,4 +78,6 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
         if is_out_of_memory(problem):
             raise
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+        if "trust_remote_code" in str(problem):
+            reason = "it names code of its own (auto_map), which is not run"
         raise ModelError(f"{str(place)!r} holds no model that can be built: {reason}") from problem

@@ -369,7 +369,7 @@ class Trainer:
         """The rows of an epoch's batches: at random, or along the text where a state is carried."""
         size, batch_size = len(self.data.train), self.config.batch_size
         if self.carried is not None:
-            return streams(size, batch_size)
+            return streams(size, batch_size)[: self.steps_per_epoch]
         generator = Generator().manual_seed(derived_seed(self.config.seed, "order", epoch))
         order = torch.randperm(size, generator=generator)
         return order[: self.steps_per_epoch * batch_size].split(batch_size)

@@ -91,6 +91,40 @@ def test_what_is_no_model(spec, words, flags, tmp_path):
     assert_one_line_error(invoke("train", *flags, "--model", spec), 4, words)
 
 
+def test_an_encoder_reads_what_it_is_to_tell(flags, tmp_path):
+    bert = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 8}  # fmt: skip
+    (tmp_path / "bert.json").write_text(json.dumps(bert))
+    model = f"hf:{tmp_path}/bert.json"
+    result = invoke("train", *flags, "--model", model)
+    assert_one_line_error(result, 4, "sees the tokens that it is to tell", "is_decoder=true")
+    settings = {"dataset": f"text:{tmp_path}", "seq_len": 5, "train_examples": None}
+    run = make_run(tmp_path / "r", model=model, model_arg={"is_decoder": True}, **settings)
+    assert next(run.advance()).step == 1
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_code_that_a_folder_names_is_neither_run_nor_asked_for(what, flags, tmp_path, monkeypatch):
+    def asked(*_):
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Own: pass\n")
+    own = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}
+    named = {"model_type": "own", "auto_map": own} if what == "model" else {
+        "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}
+    }  # fmt: skip
+    file = "config.json" if what == "model" else "tokenizer_config.json"
+    (folder / file).write_text(json.dumps(named))
+    given = ["--model", f"hf:{folder}"] if what == "model" else ["--tokens", folder]
+    code = 4 if what == "model" else 3
+    result = invoke("train", *flags, "--model", "gpt", *given)
+    assert_one_line_error(result, code, str(folder), "code of its own", "is not run")
+    assert not (tmp_path / "was run").exists()
+
+
 def test_a_setting_that_the_config_lacks(flags, tmp_path):
     model = ["--model", f"hf:{tmp_path}/gpt2.json", "--model-arg", "depth=3"]
     assert_one_line_error(invoke("train", *flags, *model), 4, "its config has no 'depth'")

@@ -18,6 +18,7 @@ from hesstrace_cli.errors import ModelError
 from hesstrace_cli.models import build_model
 from hesstrace_cli.models.language import Carrying
 from hesstrace_cli.tasks import Tokens
+from tests.conftest import assert_one_line_error, invoke
 from tests.language.cases import SMALL, T, V, block_traces, mean_loss, model_of, numbers, text
 
 
@@ -131,6 +132,37 @@ def test_dropout_is_active_in_training_alone():
 def test_a_wrong_width():
     with pytest.raises(ModelError, match="a multiple of heads, which is 3"):
         build_model("gpt", num_classes=V, in_shape=(T,), model_args={"heads": 3}, seed=0)
+
+
+READERS = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Reader(nn.Module):
+    def __init__(self, num_classes, both_ways=False, noise=0.0):
+        super().__init__()
+        self.table = nn.Embedding(num_classes, 4)
+        self.cells = nn.GRU(4, 4, batch_first=True, bidirectional=both_ways)
+        self.head = nn.Linear(8 if both_ways else 4, num_classes)
+        self.noise = noise
+
+    def forward(self, X):
+        return self.head(F.dropout(self.cells(self.table(X))[0], self.noise))
+"""
+
+
+def test_a_model_that_reads_what_it_is_to_tell_is_refused(tmp_path):
+    (tmp_path / "readers.py").write_text(READERS)
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text("a b c a d b " * 9)
+    flags = ["--dataset", f"text:{tmp_path}", "--seq-len", "4", "--model", "readers.py:Reader"]
+    both = [*flags, "--model-arg", "both_ways=true"]
+    for command in ("train", "verify"):
+        assert_one_line_error(invoke(command, *both), 4, "sees the tokens that it is to tell")
+    noisy = invoke("train", *flags, "--model-arg", "noise=0.5", "--epochs", "1", "--out", "r")
+    assert noisy.exit_code == 0, noisy.output  # outputs that differ by themselves are no sign of it
+    assert invoke("train", *both, "--seq-len", "1", "--epochs", "1", "--out", "s").exit_code == 0
 
 
 @pytest.mark.parametrize("n", [30, 31, 200])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hesstrace_cli.cli.train import warn_of_unused
 from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.data import load_data
 from hesstrace_cli.data.text import read_text
@@ -94,6 +95,17 @@ def test_a_words_file_may_lack_its_last_line_end(tmp_path):
     assert torch.equal(with_end, without)
 
 
+def test_a_byte_order_mark_is_no_word(tmp_path):
+    mark = "\ufeff"
+    name = write(tmp_path / "t", train=mark + WORDS, valid=mark + WORDS, test=mark + WORDS)
+    for tokens in ("word", "char"):
+        found = read_text(config(name, tokens=tokens))
+        plain = read_text(config(write(tmp_path / "plain"), tokens=tokens))
+        assert found.vocabulary.size == plain.vocabulary.size
+        for part in ("train", "valid", "test"):
+            assert torch.equal(getattr(found, part), getattr(plain, part))
+
+
 def test_characters_and_bytes(tmp_path):
     name = write(tmp_path / "t", train="añb añ\n" * 3, valid="b" * 9, test="xba" * 9)
     text = read_text(config(name, tokens="char"))
@@ -107,9 +119,10 @@ def test_characters_and_bytes(tmp_path):
     assert read_text(config(not_utf8, tokens="byte")).train.tolist() == list(range(256))
 
 
-def make_tokenizer(folder):
+def make_tokenizer(folder, words=None):
     tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "the": 1, "cat": 3}, "?"))
+    words = {"?": 0, "the": 1, "cat": 3} if words is None else words
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder.mkdir()
     made.save(str(folder / "tokenizer.json"))
@@ -158,6 +171,7 @@ BAD = {
     "no valid": ({"valid.txt": None}, 3, "--val-fraction 0"),
     "empty": ({"test.txt": b""}, 3, "is empty"),
     "blank": ({"train.txt": b" \n\n"}, 3, "is empty"),
+    "a folder for a file": ({"t": b""}, 3, "is a file, expected a folder"),
     "not UTF-8": ({"valid.txt": b"the cat \xff\n" * 9}, 3, "is not UTF-8: byte 0xff at position 8"),
     "too short": ({"test.txt": b"the cat\n"}, 3, "has 3 tokens, expected more than --seq-len"),
 }
@@ -166,9 +180,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_files_that_are_no_text(name, tmp_path):
     files, code, words = BAD[name]
-    dataset = write(tmp_path / "t") if files else f"text:{tmp_path}/t"
+    dataset = write(tmp_path / "t") if files and "t" not in files else f"text:{tmp_path}/t"
     for file, content in files.items():
-        place = tmp_path / "t" / file
+        place = tmp_path / "t" / file if file != "t" else tmp_path / "t"
         place.unlink() if content is None else place.write_bytes(content)
     result = invoke("train", "--model", "lstm", "--dataset", dataset, "--seq-len", "4")
     assert_one_line_error(result, code, words, str(tmp_path / "t"))
@@ -178,6 +192,9 @@ WRONG = {
     "no tokenizer": (["--tokens", "nowhere"], 2, "expected word, char, byte, or a tokenizer's"),
     "no files in it": (["--tokens", "."], 3, "holds no tokenizer that can be read"),
     "a damaged one": (["--tokens", "damaged"], 3, "holds no tokenizer that can be read"),
+    "a model's folder": (["--tokens", "model"], 3, "'model' finds no token in"),
+    "an empty one": (["--tokens", "none"], 3, "'none' holds a tokenizer without tokens"),
+    "one that stumbles": (["--tokens", "few"], 3, "'few' cannot take", "t/train.txt' apart"),
     "bytes of a size": (["--tokens", "byte", "--vocab-size", "9"], 2, "--vocab-size is for words"),
     "too many tokens": (["--train-tokens", "16"], 3, "--train-tokens is 16", "has 15"),
     "too many windows": (["--train-examples", "4"], 3, "--train-examples is 4 windows, 17 tokens"),
@@ -194,15 +211,28 @@ def test_settings_that_a_text_does_not_take(name, tmp_path):
     flags, code, *words = WRONG[name]
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    if name in ("an empty one", "one that stumbles"):
+        make_tokenizer(tmp_path / "none", {})
+        make_tokenizer(tmp_path / "few", {"the": 0})
     dataset = write(tmp_path / "t")
     flags = ["--dataset", dataset, "--seq-len", "4", "--model", "lstm", *flags]
     assert_one_line_error(invoke("train", *flags), code, *words)
 
 
 def test_settings_of_a_text_for_what_is_none():
-    for flag in ("--vocab-size", "--train-tokens"):
+    for flag in ("--vocab-size", "--train-tokens", "--seq-len"):
         assert_one_line_error(invoke("train", flag, "9"), 2, f"{flag} is for a text")
+    assert_one_line_error(invoke("train", "--tokens", "char"), 2, "--tokens is for a text")
     assert_one_line_error(invoke("train", "--dataset", "wikitext-2"), 3, "--data-dir")
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.3, True), (0.1, False), (0.0, False)])
+def test_a_share_held_out_of_a_text_is_without_effect(share, said, capsys):
+    warn_of_unused(config("text:t", val_fraction=share), [])
+    words = "--val-fraction is without effect, as a text has a file"
+    assert (words in capsys.readouterr().err) == said
 
 
 def test_a_checkpoint_of_another_vocabulary(tmp_path):

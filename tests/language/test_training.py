@@ -87,6 +87,38 @@ def test_the_state_matters_and_a_transformer_has_none(settings, tmp_path):
     assert torch.equal(*orders[run.trainer])
 
 
+NORMED = """
+import torch
+from torch import nn
+
+class Normed(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(num_classes, 4), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, num_classes)
+
+    def zero_state(self, num_examples):
+        return torch.zeros(num_examples, 1)
+
+    def forward(self, X, state=None):
+        logits = self.head(self.norm(self.table(X).mean(1)))[:, None].expand(-1, X.shape[1], -1)
+        return logits if state is None else {"logits": logits, "state": state + 1}
+"""
+
+
+def test_streams_of_unequal_length_with_batch_statistics(settings, tmp_path):
+    """The last window of the one longer stream would be a batch of one; it sits the epoch out."""
+    (tmp_path / "normed.py").write_text(NORMED)
+    (tmp_path / "train.txt").write_text("a b " * 23)
+    flags = settings(model=f"{tmp_path}/normed.py:Normed", model_arg={}, seq_len=1, batch_size=9)
+    trainer = make_run(tmp_path / "r", epochs=2, val_fraction=0, **flags).trainer
+    assert len(trainer.data.train) % 9 == 1
+    steps = [(each.epoch, each.step) for each in trainer.advance()]
+    count = trainer.steps_per_epoch
+    assert count == len(trainer.data.train) // 9
+    assert steps == [(epoch, step) for epoch in (1, 2) for step in range(1, count + 1)]
+
+
 RUNS = {
     "plain": {},
     "dropout": {"model_arg": {"width": 6, "dropout": 0.5}},
