@@ -585,6 +585,8 @@ class Trial(TypedDict):
     strength: float
     epochs: int
     val_loss: float | None
+    above_best: float | None
+    stderr: float | None
     pruned: bool
 
 
@@ -595,11 +597,12 @@ class Tuning(TypedDict):
     regularizer: str
     strength: float
     val_loss: float
+    first: float
     trials: list[Trial]
     at_edge: bool
     range: list[float]
     budget: float
     spent: float
     step_cost: float
-    run: str
+    shared_epochs: int
     command: str

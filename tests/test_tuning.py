@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -14,84 +15,113 @@ from optuna.storages.journal import JournalFileBackend
 
 from hesstrace_cli import records
 from hesstrace_cli.comparison import tuning
+from hesstrace_cli.comparison.tuning import Validation
 from hesstrace_cli.config import TuneConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from tests.conftest import TINY, assert_one_line_error, invoke
 from tests.test_records import check
 
 tune = importlib.import_module("hesstrace_cli.cli.tune")  # the name is its command's, too
-BOUNDS, STEPS = (1e-4, 1.0), [5, 15, 45]
+BOUNDS, START, EPOCHS = (1e-4, 1.0), 0.01, 45
 
 
 def made(optimum):
-    """A loss with its least value at a strength, of which few epochs show little; and its calls."""
+    """A loss with its least value at a strength, and what was asked; too large ones diverge."""
     asked = []
 
-    def evaluate(strengths, epochs):
-        asked.append((list(strengths), epochs))
+    def evaluate(strengths):
+        asked.append(list(strengths))
         far = [math.log10(s / optimum) for s in strengths]
-        return [
-            [x**2 * e / 45 + 1 / e for e in range(1, epochs + 1)] if x < 1.9 else None for x in far
-        ]
+        return [Validation([x**2, x**2 + 1], [3, 1]) if x < 1.9 else None for x in far]
 
     return evaluate, asked
 
 
-def searched(folder, evaluate, sizes=(9, 9), seed=0):
+def searched(folder, evaluate, size=3, start=START, bounds=BOUNDS):
     folder.mkdir(exist_ok=True)
-    study = tuning.open_study(folder, {"seed": seed}, lambda: 2.0)
-    tuning.search(study, BOUNDS, sizes, STEPS, evaluate, seed)
+    study = tuning.open_study(folder, {}, lambda: 2.0)
+    tuning.search(study, tuning.Plan(size, 20, EPOCHS), bounds, start, evaluate)
     return study
 
 
-@pytest.mark.parametrize("optimum", [0.003, 0.02])
+def found(study, start=START):
+    return tuning.strength_of(tuning.chosen(study, start))
+
+
+@pytest.mark.parametrize(
+    ("optimum", "asked"),
+    [
+        (0.009, [[0.01], [0.00316], [0.0178]]),
+        (0.0009, [[0.01], [0.00316], [0.001]]),
+        (0.04, [[0.01], [0.00316], [0.0178]]),
+    ],
+)
+def test_it_walks_to_where_it_is_better(tmp_path, optimum, asked):
+    evaluate, known = made(optimum)
+    study = searched(tmp_path, evaluate)
+    assert known == asked
+    assert found(study) == min(itertools.chain(*asked), key=lambda s: abs(math.log(s / optimum)))
+
+
+@pytest.mark.parametrize("optimum", [0.0005, 0.003, 0.0141, 0.05])
 def test_the_optimum_is_found(tmp_path, optimum):
     evaluate, asked = made(optimum)
-    study = searched(tmp_path / "one", evaluate, sizes=[9])
-    found = tuning.strength_of(tuning.best(study))
-    nearest = min(tuning.spread(*BOUNDS, 9), key=lambda s: abs(math.log(s / optimum)))
-    assert found == nearest
-    assert [(len(strengths), epochs) for strengths, epochs in asked] == [(9, 5), (3, 15), (1, 45)]
-    study = searched(tmp_path / "more", evaluate, sizes=[9, 9])
-    nearer = tuning.strength_of(tuning.best(study))
-    assert abs(math.log(nearer / optimum)) <= abs(math.log(found / optimum))
-    assert 1 / 1.3 < nearer / optimum < 1.3
+    strength = found(searched(tmp_path, evaluate, size=7))
+    assert [len(each) for each in asked] == [1, 2, 2, 1, 1]
+    assert 1 / 1.6 < strength / optimum < 1.6
 
 
-def test_few_epochs_do_not_rule_out_larger_strengths(tmp_path):
-    """What overfits only later is ahead at first, by little; what is too strong is far behind."""
+def test_of_those_as_good_the_nearest_to_the_first_is_taken(tmp_path):
+    """The one of the least loss is not, where the next differs by less than its standard error."""
 
-    def evaluate(strengths, epochs):
-        if epochs > STEPS[0]:
-            return [[math.log10(s / 0.0316) ** 2] for s in strengths]
-        return [[2.0, 1 + 0.03 * math.log10(s / 1e-4) + (s > 0.2)] for s in strengths]
+    def by(differences):
+        """The losses of 0.00316, and those that are 0.01's for a mean difference of 0.1."""
+        losses = {0.00316: [0.5, 0.6, 0.7, 0.8]}
+        losses[0.01] = [a + b for a, b in zip(losses[0.00316], differences, strict=True)]
+        return lambda strengths: [Validation(losses.get(s, [9.0] * 4), [1] * 4) for s in strengths]
 
-    study = searched(tmp_path, evaluate, sizes=[9])
-    assert tuning.strength_of(tuning.best(study)) == 0.0316
-    tried = [t["strength"] for t in tuning.trial_records(study) if t["epochs"] > STEPS[0]]
-    assert tried == [0.01, 0.0316, 0.1]
-
-
-def test_where_little_was_learnt_little_is_a_difference(tmp_path):
-    """Loss near chance at first, slowly less for small strengths: no strong one goes on."""
-
-    def evaluate(strengths, epochs):
-        return [[2.3, 2.3 - 0.02 * epochs / (1 + s)] for s in strengths]
-
-    trials = tuning.trial_records(searched(tmp_path, evaluate, sizes=[9]))
-    assert max(t["strength"] for t in trials if t["epochs"] > STEPS[0]) == 0.1
-    assert tuning.strength_of(tuning.best(searched(tmp_path, evaluate, sizes=[9]))) == 0.01
+    study = searched(tmp_path / "noise", by([0.5, -0.3, 0.5, -0.3]))  # stderr 0.23
+    assert found(study) == 0.01
+    assert tuning._completed(study)[0].params["strength"] == 0.00316
+    assert found(searched(tmp_path / "clear", by([0.15, 0.05, 0.15, 0.05]))) == 0.00316  # 0.03
 
 
-def test_what_is_left_is_worse_and_what_diverged_is_never_gone_on_with(tmp_path):
-    evaluate, _ = made(0.001)
-    trials = tuning.trial_records(searched(tmp_path, evaluate, sizes=[9]))
-    assert [t["strength"] for t in trials] == tuning.spread(*BOUNDS, 9)
-    assert [t["epochs"] for t in trials] == [5, 15, 45, 15, 5, 5, 5, 5, 5]
-    assert [t["pruned"] for t in trials].count(False) == 1
-    assert [t["val_loss"] is None for t in trials] == [False] * 6 + [True] * 3
+def test_what_diverged_is_never_chosen_and_only_smaller_ones_follow(tmp_path):
+    evaluate, asked = made(0.00004)
+    study = searched(tmp_path, evaluate)
+    assert asked == [[0.01], [0.00316], [0.001]]
+    trials = tuning.trial_records(study, resolve(TuneConfig, {"epochs": EPOCHS}, None))
+    assert [t["strength"] for t in trials] == [0.001, 0.00316, 0.01]
+    assert [t["pruned"] for t in trials] == [False, False, True]
+    assert [t["val_loss"] is None for t in trials] == [False, False, True]
+    assert [t["epochs"] for t in trials] == [EPOCHS, EPOCHS, 0]
+    assert found(study) == 0.001
     with pytest.raises(NumericsError, match="every strength diverged"):
-        searched(tmp_path / "all", made(1e-9)[0], sizes=[9])
+        searched(tmp_path / "all", made(1e-9)[0])
+
+
+def test_within_bounds(tmp_path):
+    evaluate, asked = made(1e-3)
+    searched(tmp_path / "low", evaluate, size=6, bounds=(0.002, 0.02))
+    tried = [*itertools.chain(*asked)]
+    assert min(tried) == 0.002
+    assert len(set(tried)) == 6
+    assert all(0.002 <= strength <= 0.02 for strength in tried)
+    narrow = searched(tmp_path / "narrow", made(1e-3)[0], size=6, bounds=(0.01, 0.01001))
+    assert found(narrow) == 0.01
+
+
+def test_the_difference_is_of_pairs():
+    one = Validation([1.0, 2.0, 4.0], [1, 1, 2])
+    other = Validation([0.5, 2.0, 3.0], [1, 1, 2])
+    assert one.loss == pytest.approx(11 / 4)
+    every = torch.tensor([0.5, 0.0, 1.0, 1.0])  # by term
+    mean, stderr = one.above(other)
+    assert mean == pytest.approx(every.mean().item())
+    blocks = torch.tensor([0.5, 0.0, 2.0]) - torch.tensor([1.0, 1.0, 2.0]) * mean
+    assert stderr == pytest.approx(math.sqrt(3 * blocks.var().item()) / 4)
+    assert one.above(one) == (0, 0)
+    assert Validation([1.0], [9]).above(Validation([2.0], [9])) == (-1, math.inf)
 
 
 class Killed(BaseException):
@@ -100,7 +130,8 @@ class Killed(BaseException):
 
 def test_killed_at_any_write_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     evaluate, _ = made(0.02)
-    truth = tuning.trial_records(searched(tmp_path / "whole", evaluate, seed=3))
+    config = resolve(TuneConfig, {}, None)
+    truth = tuning.trial_records(searched(tmp_path / "whole", evaluate, size=7), config)
     append = JournalFileBackend.append_logs
     left = [0]
 
@@ -116,28 +147,31 @@ def test_killed_at_any_write_and_resumed_is_uninterrupted(tmp_path, monkeypatch)
     monkeypatch.setattr(JournalFileBackend, "append_logs", dies)
     folder, kills = tmp_path / "killed", 0
     while True:
-        left[0] = 2 + kills % 5
+        left[0] = 1 + kills % 3
         try:
-            study = searched(folder, evaluate, seed=3)
+            study = searched(folder, evaluate, size=7)
             break
         except Killed:
             kills += 1
             (folder / f"{tuning.STUDY}.lock").symlink_to("nothing")  # it held the lock
-    assert kills > 20
-    assert tuning.trial_records(study) == truth
+    assert kills > 9
+    assert tuning.trial_records(study, config) == truth
 
 
 def test_a_budget_pays_for_what_it_says():
-    for budget, cost in [(5, 2.2), (5, 1.0), (4, 2.5), (20, 3.0)]:
-        sizes = tuning.brackets(budget, cost, STEPS)
-        spent = sum(tuning._epochs(n, STEPS) for n in sizes) * cost / STEPS[-1]
-        assert spent <= budget < spent + (4 / 3) * cost
-    assert tuning.brackets(5, 1.0, STEPS)[0] == 9
-    assert tuning._epochs(9, STEPS) == 9 * 5 + 3 * 10 + 30
-    with pytest.raises(ConfigError, match=r"give at least --budget 2\.5"):
-        tuning.brackets(1, 2.0, STEPS)
-    tuning.brackets(2.5, 2.0, STEPS)
-    assert [tuning.rungs(n) for n in (1, 2, 4, 45)] == [[1], [1, 2], [1, 2, 4], STEPS]
+    for budget, cost, size in [(5, 1.0, 7), (5, 1.8, 4), (5, 2.6, 3), (5, 3.2, 3), (60, 3.0, 7)]:
+        plan = tuning.plan(budget, cost, EPOCHS)
+        assert plan.size == size
+        assert sum(plan.rounds()) == size
+        assert plan.trained * cost / EPOCHS <= budget
+        fewer = tuning.Plan(size, plan.shared - 1, EPOCHS)
+        assert plan.shared == 0 or fewer.trained * cost / EPOCHS > budget
+    whole = tuning.plan(5, 1.2, EPOCHS, shares=False)
+    assert (whole.size, whole.shared, whole.rounds()) == (4, 0, [1, 2, 1])
+    with pytest.raises(ConfigError, match=r"give at least --budget 3\.1"):
+        tuning.plan(1, 2.0, EPOCHS)
+    assert tuning.plan(3.1, 2.0, EPOCHS).size == 3
+    assert tuning.plan(3, 1.0, 1).shared == 0
 
 
 @pytest.mark.parametrize(
@@ -165,13 +199,15 @@ def test_what_cannot_be_searched(settings, words):
 
 
 def test_the_usual_range():
-    assert resolve(TuneConfig, {}, None).bounds() == (1e-4, 1.0)
+    trace = resolve(TuneConfig, {}, None)
+    assert (trace.bounds(), tuning.start(trace)) == ((1e-4, 1.0), 0.01)
     assert resolve(TuneConfig, {"reg": ["label-smoothing"]}, None).bounds() == (1e-3, 1.0)
     both = resolve(TuneConfig, {"reg": ["cutout=4,trace"], "range": "0.1:0.5"}, None)
-    assert (both.tuned(), both.bounds()) == ("trace", (0.1, 0.5))
-    run = tuning.planned(both, 0.25, 3)
+    assert (both.tuned(), both.bounds(), tuning.start(both)) == ("trace", (0.1, 0.5), 0.224)
+    run = tuning.branch(both, 0.25)
     assert run.regularizer == "cutout=4,trace=0.25"
-    assert run.until == 3
+    assert tuning.plain(both).reg == ["none"]
+    assert not tuning.shares(resolve(TuneConfig, {"reg": ["ema"], "range": "0.9:0.99"}, None))
 
 
 FLAGS = (*TINY[2:], "--epochs", "4", "--reg", "label-smoothing", "--budget", "2")
@@ -188,64 +224,103 @@ def measured(monkeypatch):
     monkeypatch.setattr(tune, "_step_cost", lambda settings: 1.0)
 
 
-def test_the_command(tmp_path, monkeypatch, measured):
-    """Killed after each rung, resumed, and in other processes: one result; its run is `train`'s."""
+def test_the_command(tmp_path, measured, monkeypatch):
+    """Killed after each run, resumed: one result; the first strength's run is `train`'s own."""
     whole, said = tuned("whole")
     check(whole, records.Tuning)
-    assert whole["spent"] <= whole["budget"] == 2
-    assert "compared by validation loss after 1, 2, 4 epochs" in said.stderr
+    assert (whole["spent"], whole["budget"], whole["shared_epochs"]) == (2, 2, 2)
+    assert "of their 4 epochs the first 2 are trained once" in said.stderr
     assert f"train with: {whole['command']}" in said.stderr
-    for trial in whole["trials"]:  # each was left where it says
-        run = f"whole/runs/digits-small-cnn-label-smoothing{trial['strength']:g}-seed0"
-        lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == trial["epochs"]
     train = tune.train_all
 
-    def dies(*arguments):
-        train(*arguments)
-        raise KeyboardInterrupt
+    def dies(pending, jobs):
+        train(pending, jobs)
+        if pending:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "train_all", dies)
-    for _ in range(2):
+    for _ in range(3):
         assert invoke("tune", *FLAGS, "--out", "killed").exit_code != 0
     monkeypatch.setattr(tune, "train_all", train)
-    place = {"command": None, "run": None}
+    place = {"command": None}
     assert {**tuned("killed")[0], **place} == {**whole, **place}
     again, said = tuned("killed")
     assert {**again, **place} == {**whole, **place}
     assert "after epoch" not in said.stderr  # nothing is trained twice
 
     words = shlex.split(whole["command"])[1:]
-    assert invoke(*words, "--out", "alone").exit_code == 0
+    first = [word.replace(f"={whole['strength']:g}", f"={whole['first']:g}") for word in words]
+    assert invoke(*first, "--out", "alone").exit_code == 0
+    branch = f"whole/branches/digits-small-cnn-label-smoothing{whole['first']:g}-seed0"
     one, other = (torch.load(f"{folder}/last.pt", weights_only=True)["state_dict"]
-                  for folder in (whole["run"], "alone"))  # fmt: skip
+                  for folder in (branch, "alone"))  # fmt: skip
     assert all(torch.equal(one[name], other[name]) for name in one)
-    last = pathlib.Path("alone/metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["val_loss"] == whole["val_loss"]
+    last = json.loads(pathlib.Path("alone/metrics.jsonl").read_text().splitlines()[-1])
+    (trial,) = [t for t in whole["trials"] if t["strength"] == whole["first"]]
+    assert trial["val_loss"] == pytest.approx(last["val_loss"])
 
     changed = invoke("tune", *FLAGS, "--out", "whole", "--lr", "0.01")
     assert_one_line_error(changed, 2, "lr was 0.05, is 0.01")
-    table = invoke("tune", *FLAGS, "--out", "whole").stdout
-    assert "chosen" in table
-    assert "left" in table
+    assert "chosen" in invoke("tune", *FLAGS, "--out", "whole").stdout
+
+
+def test_a_branch_has_the_strength_of_its_own_after_the_shared_epochs(tmp_path, measured):
+    whole, _ = tuned("whole")
+    lines, strengths = [], []
+    for trial in whole["trials"]:
+        folder = pathlib.Path(
+            f"whole/branches/digits-small-cnn-label-smoothing{trial['strength']:g}-seed0"
+        )
+        lines.append([
+            json.loads(line)["train_loss"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ])  # fmt: skip
+        content = torch.load(folder / "last.pt", weights_only=True)
+        strengths.append(float(content["config"]["reg"][0].partition("=")[2]))
+        assert not (folder / "summary.json").exists()  # it is no whole run of this strength
+    assert strengths == [trial["strength"] for trial in whole["trials"]]
+    assert all(own[:2] == lines[0][:2] for own in lines)
+    assert len({own[2] for own in lines}) == 3
 
 
 @pytest.mark.slow
 def test_runs_side_by_side_are_the_same(tmp_path, measured):
-    one, other = (tuned(f"jobs{jobs}", "--jobs", jobs)[0] for jobs in (1, 2))
+    one, other = (tuned(f"jobs{jobs}", "--jobs", jobs, "--budget", "2.5")[0] for jobs in (1, 2))
+    assert len(one["trials"]) > 3
     assert one["trials"] == other["trials"]
+
+
+def test_an_average_shares_no_epochs(tmp_path, measured):
+    result = invoke(
+        "tune", *TINY, "--reg", "ema", "--range", "0.5:0.9", "--budget", "3", "--out", "ema",
+        "--json", "-",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["shared_epochs"] == 0
+    assert not pathlib.Path("ema/shared").exists()
+
+
+def test_a_first_strength_that_diverges_is_said(tmp_path, measured):
+    result = invoke("tune", *FLAGS, "--lr", "1e30", "--out", "lost")
+    assert result.exit_code == 5
+    assert "label-smoothing=0.1, which the search begins with, diverged" in result.stderr
 
 
 def test_an_edge_is_said(tmp_path, measured, monkeypatch):
     three = ("--epochs", "1", "--budget", "3")
-    monkeypatch.setattr(tuning, "val_losses", lambda run, epochs: [-0.05])  # all are equal
+
+    def least_at(strength):
+        def validation(run):
+            far = abs(math.log(float(run.regularizer.rpartition("=")[2]) / strength))
+            return Validation([far, far], [1, 1])
+
+        monkeypatch.setattr(tuning, "validation", validation)
+
+    least_at(0.001)
     found, said = tuned("edge", *three)
-    assert found["at_edge"]
-    assert found["strength"] == 0.001
-    assert "0.001 is at an edge of what was tried" in said.stderr
-    monkeypatch.setattr(
-        tuning, "val_losses", lambda run, epochs: [-float("=0.0316" in run.regularizer)]
-    )
+    assert (found["strength"], found["at_edge"]) == (0.01, True)
+    assert "0.01 is at an edge of what was tried" in said.stderr
+    least_at(0.03)
     found, said = tuned("inside", *three)
     assert (found["strength"], found["at_edge"]) == (0.0316, False)
     assert "edge" not in said.stderr

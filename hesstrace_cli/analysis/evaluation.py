@@ -74,6 +74,26 @@ def evaluate(
     return Evaluation(total.item() / split.num_terms, meter.result())
 
 
+_BLOCKS = 50
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, split: Examples) -> tuple[list[float], list[int]]:
+    """The mean losses of about fifty blocks of a split, in eval mode, and the terms of each.
+
+    Args:
+        model: The network.
+        split: The examples.
+    """
+    task, losses, terms = split.task, [], []
+    with eval_mode(model):
+        for outputs, y in _outputs(model, split, math.ceil(len(split) / _BLOCKS), alone=False):
+            losses.append(task.loss(outputs, y).double())
+            terms.append(task.num_terms(y))
+    kept = [(loss.item(), count) for loss, count in zip(losses, terms, strict=True) if count]
+    return [loss for loss, _ in kept], [count for _, count in kept]
+
+
 def _outputs(
     model: nn.Module, split: Examples, batch_size: int, alone: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:

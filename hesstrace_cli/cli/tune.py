@@ -17,6 +17,8 @@ from hesstrace_cli.config import TrainConfig, TuneConfig, parse_terms, resolve
 from hesstrace_cli.errors import NumericsError
 from hesstrace_cli.reporting import tables
 
+_ROUNDS = 15  # of timing steps: the budget goes by it
+
 
 @with_options(TrainConfig)
 def train_until(
@@ -36,8 +38,8 @@ def train_until(
 def tune(*, flags: dict[str, Any], config: str | None) -> None:
     """Look for a regularizer's strength on validation, within a budget.
 
-    Many strengths are trained for a few epochs, the best of them on to the end. A second call goes
-    on with what is not finished.
+    The first part of the run is trained once, and goes on to the end with each strength that is
+    tried. A second call goes on with what is not finished.
 
     Example: hesstrace tune --reg trace --budget 5
     """
@@ -48,28 +50,33 @@ def tune(*, flags: dict[str, Any], config: str | None) -> None:
         check_places(settings.json, None, [config])
         from hesstrace_cli.comparison import grid, tuning
 
-    folder, bounds = tuning.root(settings), settings.bounds()
-    lock = grid.lock(folder, ("runs", tuning.STUDY))
+    folder, bounds, first = tuning.root(settings), settings.bounds(), tuning.start(settings)
+    lock = grid.lock(folder, (tuning.SHARED, tuning.BRANCHES, tuning.STUDY))
     with screen.doing("timing a step"):
         study = tuning.open_study(
             folder, tuning.settings_of(settings), lambda: _step_cost(settings)
         )
-    steps, cost = tuning.rungs(settings.epochs), study.user_attrs["step_cost"]
-    sizes = tuning.brackets(settings.budget, cost, steps)
+    cost = study.user_attrs["step_cost"]
+    plan = tuning.plan(settings.budget, cost, settings.epochs, shares=tuning.shares(settings))
     screen.say(
-        f"{' + '.join(map(str, sizes))} strengths of {settings.tuned()}, from {bounds[0]:g} to "
-        f"{bounds[1]:g}, compared by validation loss after {', '.join(map(str, steps))} epochs; a "
+        f"{plan.size} strengths of {settings.tuned()}, from {first:g} on, within {bounds[0]:g} and "
+        f"{bounds[1]:g}; of their {plan.epochs} epochs the first {plan.shared} are trained once; a "
         f"step takes {cost:.2f} times a plain one"
     )
 
-    def evaluate(strengths: Sequence[float], epochs: int) -> list[list[float] | None]:
-        runs = [tuning.planned(settings, strength, epochs) for strength in strengths]
+    def evaluate(strengths: Sequence[float]) -> list[tuning.Validation | None]:
+        runs = [tuning.branch(settings, strength) for strength in strengths]
+        if plan.shared:
+            trunk = tuning.shared(settings, plan.shared)
+            train_all(grid.pending([trunk]), 1)
+            for run in runs:
+                tuning.branch_from(trunk, run)
         train_all(grid.pending(runs), settings.jobs)
-        return [tuning.val_losses(run, epochs) for run in runs]
+        return [tuning.validation(run) for run in runs]
 
-    tuning.search(study, bounds, sizes, steps, evaluate, settings.seed)
+    tuning.search(study, plan, bounds, first, evaluate)
     lock.release()
-    _report(settings, tuning.record(study, settings))
+    _report(settings, tuning.record(study, plan, settings))
 
 
 def _report(settings: TuneConfig, record: dict[str, Any]) -> None:
@@ -79,7 +86,7 @@ def _report(settings: TuneConfig, record: dict[str, Any]) -> None:
     if record["at_edge"]:
         screen.say(
             f"warning: {record['strength']:g} is at an edge of what was tried; look further with "
-            "--range and another --out"
+            "--range or a larger --budget, and another --out"
         )
     screen.say(f"train with: {command}")
 
@@ -89,8 +96,9 @@ def _step_cost(settings: TuneConfig) -> float:
     from hesstrace_cli.comparison import tuning
     from hesstrace_cli.training.cost import step_costs
 
-    least = tuning.planned(settings, settings.bounds()[0], settings.epochs)
-    costs = step_costs({"none": tuning.plain(settings), "tuned": least.config})
+    least = tuning.branch(settings, settings.bounds()[0])
+    configs = {"none": tuning.plain(settings), "tuned": least.config}
+    costs = step_costs(configs, rounds=_ROUNDS)
     if "tuned" not in costs:
         raise NumericsError(
             f"a step with {least.regularizer}, the least strength, is not finite; look at lower "

@@ -1,23 +1,24 @@
 """A strength looked for on validation, in an Optuna study that lies in the folder and is resumed.
 
-Successive halving: n strengths are trained to the first rung (a ninth of the epochs), the best
-third of them on to the second (a third of the epochs), the best third of these to the end; of
-those as good as the best the larger ones, since few epochs favour small strengths. A run is left
-at its rung and gone on with, to the bit; the schedules are those of the whole run. The strengths
-of the first bracket lie evenly in the range's logarithm. Where the budget pays for more brackets,
-Optuna's TPE suggests theirs, having seen those before.
+The first part of the run is trained once, with the strength that the search begins with, and for
+every strength that is tried a run branches off from there and goes on to its end: only there their
+losses can be compared, as what a penalty is for, overfitting, comes late. The schedules are those
+of whole runs, so that the branch of the first strength is its whole run, to the bit.
+
+Of the strengths that validation cannot tell from the best, by a standard error of the difference
+over the same examples, the one nearest to the first is taken.
 
 Source:
-    Jamieson, Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
-    2016; Falkner et al., "BOHB", 2018 (brackets whose trials a model suggests).
+    Breiman, Friedman, Olshen, Stone, "Classification and regression trees", 1984 (the rule of one
+    standard error).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,10 @@ from hesstrace_cli.config import (
     parse_regularizers,
     parse_terms,
     regularizers_name,
+    usual_strength,
 )
 from hesstrace_cli.errors import ConfigError, NumericsError
-from hesstrace_cli.storage.records import read_epochs
+from hesstrace_cli.storage.branches import VALIDATION, branch_off
 from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.storage.runs import default_folder
 
@@ -42,16 +44,98 @@ if TYPE_CHECKING:
 
 SCHEMA = "hesstrace/tune/1"
 STUDY = "study.journal"
+SHARED = "shared"
+BRANCHES = "branches"
 
-_FACTOR = 3  # of a rung's strengths one in so many goes on, to so many times the epochs
-_MOST = 9  # strengths of a bracket: two a decade of the usual range
-_FEWEST = 3  # that the first must have for a choice
-_TIE = 0.1  # share of what was learnt by which a loss may be higher and as good
-_NAME = "strength"
+_MOST = 7  # strengths that are tried; a larger budget shares fewer epochs instead
+_FEWEST = 3
+_SHARED = 1 / 2  # of the epochs, at most, that the runs of more than the fewest have in common
+_MOST_SHARED = 3 / 4  # that those of the fewest have
+_NAME, _RESULT = "strength", "validation"  # in a trial
+_UNSHARED = ("swa", "ema")  # the average kept so far depends on the strength
 
-Evaluate = Callable[[Sequence[float], int], Sequence[Sequence[float] | None]]
-"""Trains the runs of strengths up to an epoch; their validation losses after each epoch so far,
-None of one that diverged."""
+
+@dataclass(frozen=True)
+class Validation:
+    """Losses on the validation split.
+
+    Attributes:
+        losses: The mean of each block of examples.
+        terms: That each mean is over.
+    """
+
+    losses: list[float]
+    terms: list[int]
+
+    @property
+    def loss(self) -> float:
+        """The mean over all."""
+        return sum(map(math.prod, zip(self.losses, self.terms, strict=True))) / sum(self.terms)
+
+    def above(self, other: Validation) -> tuple[float, float]:
+        """How much higher the loss is than another's over the same blocks, and the standard error.
+
+        The error is infinite where there is one block alone.
+        """
+        mean, total, count = self.loss - other.loss, sum(self.terms), len(self.terms)
+        pairs = zip(self.losses, other.losses, self.terms, strict=True)
+        squares = sum((n * (a - b - mean)) ** 2 for a, b, n in pairs)
+        return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
+
+
+Evaluate = Callable[[Sequence[float]], Sequence[Validation | None]]
+"""Trains the runs of strengths to their ends; None of one that diverged."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget pays for.
+
+    Attributes:
+        size: Strengths that are tried.
+        shared: Epochs that their runs have in common.
+        epochs: Of a whole run.
+    """
+
+    size: int
+    shared: int
+    epochs: int
+
+    @property
+    def trained(self) -> int:
+        """Epochs in all."""
+        return self.shared + self.size * (self.epochs - self.shared)
+
+    def rounds(self) -> list[int]:
+        """Strengths that are trained side by side: the first, then two of them, the last alone."""
+        pairs, left = divmod(self.size - 2, 2)
+        return [1, *[2] * pairs, *[1] * (1 + left)] if self.size > _FEWEST else [1] * self.size
+
+
+def plan(budget: float, cost: float, epochs: int, *, shares: bool = True) -> Plan:
+    """As many strengths as can be, and of those plans the one that shares the fewest epochs.
+
+    Args:
+        budget: In plain runs' time.
+        cost: Of a step over that of a plain one.
+        epochs: Of a run.
+        shares: Whether runs of different strengths may have their first epochs in common.
+
+    Raises:
+        ConfigError: If it does not pay for a choice.
+    """
+    runs = budget / cost
+    for size in range(_MOST, _FEWEST - 1, -1):
+        share = (_SHARED if size > _FEWEST else _MOST_SHARED) if shares else 0.0
+        shared = max(0, math.ceil(epochs * (size - runs) / (size - 1) - 1e-9))
+        if shared <= share * epochs:
+            return Plan(size, shared, epochs)
+    least = Plan(_FEWEST, math.floor(_MOST_SHARED * epochs) if shares else 0, epochs)
+    enough = math.ceil(10 * least.trained * cost / epochs - 1e-9) / 10
+    raise ConfigError(
+        f"--budget {budget:g} pays for fewer than {_FEWEST} strengths, as a step takes {cost:.2g} "
+        f"times that of a plain one; give at least --budget {enough:g}"
+    )
 
 
 def root(config: TuneConfig) -> Path:
@@ -59,32 +143,74 @@ def root(config: TuneConfig) -> Path:
     return Path(config.out or f"searches/{config.tuned()}")
 
 
-def planned(config: TuneConfig, strength: float, until: int) -> PlannedRun:
-    """The run of a strength, up to an epoch."""
-    others = [f"{n}={s!r}" for n, s in parse_terms(config.reg) if s is not None]
-    return _run(config, [*others, f"{config.tuned()}={strength!r}"], until)
+def start(config: TuneConfig) -> float:
+    """The first strength: the regularizer's own default; of a range without it, the middle."""
+    low, high = config.bounds()
+    default = usual_strength(config.tuned())
+    if default is not None and low <= default <= high:
+        return default
+    return float(f"{math.sqrt(low * high):.3g}")
+
+
+def shares(config: TuneConfig) -> bool:
+    """Whether runs of different strengths may have their first epochs in common."""
+    return config.tuned() not in _UNSHARED
+
+
+def shared(config: TuneConfig, epochs: int) -> PlannedRun:
+    """What the runs have in common, so many epochs of it."""
+    return _run(config, start(config), SHARED, epochs)
+
+
+def branch(config: TuneConfig, strength: float) -> PlannedRun:
+    """The run of a strength: of all but its shared epochs, or of all."""
+    return Branch(**vars(_run(config, strength, BRANCHES, config.epochs)))
+
+
+@dataclass(frozen=True)
+class Branch(PlannedRun):
+    """A run of which nothing but its loss on the validation split is asked."""
+
+    @property
+    def done(self) -> bool:
+        """Whether that is there, or it has diverged."""
+        return self.diverged.is_file() or (self.folder.path / VALIDATION).is_file()
 
 
 def plain(config: TuneConfig) -> TrainConfig:
     """The run without any regularizer, whose time the budget counts in."""
-    return _run(config, ["none"], None).config
+    return replace(_run(config, 0.0, SHARED, 0).config, reg=["none"])
 
 
-def _run(config: TuneConfig, entries: Sequence[str], until: int | None) -> PlannedRun:
+def _run(config: TuneConfig, strength: float, place: str, until: int) -> PlannedRun:
     own = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
+    others = [f"{n}={s!r}" for n, s in parse_terms(config.reg) if s is not None]
+    entries = [*others, f"{config.tuned()}={strength!r}"]
     name = regularizers_name(parse_regularizers(entries, None))
     run = TrainConfig(**{**own, "reg": [name], "resume": False, "resume_or_start": False})
-    folder = default_folder(run, str(root(config) / "runs"))
-    run = replace(run, out=str(folder))
-    return PlannedRun(0, name, run, None if until == run.epochs else until)
+    folder = default_folder(run, str(root(config) / place))
+    return PlannedRun(0, name, replace(run, out=str(folder)), until)
 
 
-def val_losses(run: PlannedRun, epochs: int) -> list[float] | None:
-    """On the validation split after each of the epochs; None where the run diverged."""
+def branch_from(trunk: PlannedRun, run: PlannedRun) -> None:
+    """Let a run, if it is not begun, go on from where another one is.
+
+    Raises:
+        NumericsError: If that one diverged.
+    """
+    if trunk.diverged.is_file():
+        raise NumericsError(
+            f"the run of {trunk.regularizer}, which the search begins with, diverged; give a "
+            "--range of smaller strengths"
+        )
+    branch_off(trunk.folder, run.config)
+
+
+def validation(run: PlannedRun) -> Validation | None:
+    """What a run came to; None where it diverged."""
     if run.diverged.is_file():
         return None
-    found = [epoch.get("val_loss") for epoch in read_epochs(run.folder.metrics)[:epochs]]
-    return [math.inf if loss is None else loss for loss in found]
+    return Validation(**json.loads((run.folder.path / VALIDATION).read_text()))
 
 
 def settings_of(config: TuneConfig) -> dict[str, Any]:
@@ -95,52 +221,8 @@ def settings_of(config: TuneConfig) -> dict[str, Any]:
 
 def command(config: TuneConfig, strength: float) -> list[str]:
     """What trains with a strength: words behind `hesstrace`."""
-    run = replace(planned(config, strength, config.epochs).config, out=None)
+    run = replace(branch(config, strength).config, out=None)
     return arguments(run)[:-1]  # it begins
-
-
-def rungs(epochs: int) -> list[int]:
-    """The epochs after which the strengths are compared, the last one the run's own."""
-    return sorted({math.ceil(epochs / _FACTOR**k) for k in (0, 1, 2)})
-
-
-def brackets(budget: float, cost: float, steps: Sequence[int]) -> list[int]:
-    """How many strengths each bracket begins with.
-
-    Args:
-        budget: In plain runs' time.
-        cost: Of a step over that of a plain one.
-        steps: The rungs.
-
-    Raises:
-        ConfigError: If it does not pay for a choice.
-    """
-    left, found = budget * steps[-1] / cost, list[int]()
-    while sizes := [n for n in range(1, _MOST + 1) if _epochs(n, steps) <= left]:
-        found.append(sizes[-1])
-        left -= _epochs(sizes[-1], steps)
-    if not found or found[0] < _FEWEST:
-        least = math.ceil(10 * _epochs(_FEWEST, steps) * cost / steps[-1]) / 10
-        raise ConfigError(
-            f"--budget {budget:g} pays for fewer than {_FEWEST} strengths, as a step takes "
-            f"{cost:.2g} times that of a plain one; give at least --budget {least:g}"
-        )
-    return found
-
-
-def _epochs(size: int, steps: Sequence[int]) -> int:
-    """What a bracket of so many strengths trains in all."""
-    total = 0
-    for before, after in pairwise([0, *steps]):
-        total += size * (after - before)
-        size = max(1, size // _FACTOR)
-    return total
-
-
-def spread(low: float, high: float, count: int) -> list[float]:
-    """Strengths from `low` to `high`, evenly in the logarithm, of three digits."""
-    inner = [low * (high / low) ** (i / (count - 1)) for i in range(1, count - 1)]
-    return [low, *(float(f"{value:.3g}") for value in inner), high]
 
 
 def open_study(
@@ -196,12 +278,7 @@ def _drop_half_a_line(file: Path) -> None:
 
 
 def search(
-    study: Study,
-    bounds: tuple[float, float],
-    sizes: Sequence[int],
-    steps: Sequence[int],
-    evaluate: Evaluate,
-    seed: int,
+    study: Study, plan: Plan, bounds: tuple[float, float], start: float, evaluate: Evaluate
 ) -> None:
     """Run the study to its end; what is in it already is not done again.
 
@@ -209,164 +286,128 @@ def search(
 
     Args:
         study: As `open_study` gives it.
-        bounds: The least and the largest strength.
-        sizes: The strengths of each bracket.
-        steps: The rungs.
+        plan: How many strengths.
+        bounds: The least and the largest of them.
+        start: The first of them.
         evaluate: Asked again for what is known after a stop.
-        seed: Of the suggestions.
 
     Raises:
         NumericsError: If every run diverged.
     """
-    first = 0
-    for number, size in enumerate(sizes):
-        designed = spread(*bounds, size) if number == 0 else [None] * size
-        for place, value in enumerate(designed, start=first):
-            _ask(study, place, bounds, value, seed + place)
-        _halve(study, range(first, first + size), steps, evaluate)
+    from hesstrace_cli.comparison.walk import Walk
+
+    study.sampler, first = Walk(bounds, start), 0
+    for size in plan.rounds():
+        for number in range(first, first + size):
+            _ask(study, number, bounds)
+        trials = study.get_trials(deepcopy=False)[first : first + size]
+        found = evaluate([strength_of(trial) for trial in trials])
+        for trial, result in zip(trials, found, strict=True):
+            _tell(study, trial, result)
         first += size
-    if best(study) is None:
+    if not _completed(study):
         raise NumericsError("every strength diverged; give a --range of smaller ones")
 
 
-def _ask(
-    study: Study, number: int, bounds: tuple[float, float], value: float | None, seed: int
-) -> None:
-    """Make sure that the study has a trial of this number, of a value or of one it suggests."""
+def _ask(study: Study, number: int, bounds: tuple[float, float]) -> None:
+    """Make sure that the study has a trial of this number, with its strength."""
     from optuna import Trial
     from optuna.distributions import FloatDistribution
-    from optuna.samplers import TPESampler
-    from optuna.trial import TrialState
 
-    study.sampler = TPESampler(seed=seed, n_startup_trials=1)  # resumed, it suggests the same
     trials = study.get_trials(deepcopy=False)
-    if len(trials) <= number and value is not None:
-        study.enqueue_trial({_NAME: value})
-    if len(trials) <= number or trials[number].state == TrialState.WAITING:
+    if len(trials) <= number:
         study.ask({_NAME: FloatDistribution(*bounds, log=True)})
     elif _NAME not in trials[number].params:  # killed in the middle of what `ask` does
         Trial(study, trials[number]._trial_id).suggest_float(_NAME, *bounds, log=True)
 
 
-def _halve(study: Study, numbers: Sequence[int], steps: Sequence[int], evaluate: Evaluate) -> None:
-    """Train the trials rung by rung, and tell the study what became of each."""
-    alive = list(numbers)
-    for epochs in steps:
-        trials = study.get_trials(deepcopy=False)
-        curves = dict(
-            zip(alive, evaluate([strength_of(trials[n]) for n in alive], epochs), strict=True)
-        )
-        losses = {n: curve[-1] if curve else math.inf for n, curve in curves.items()}
-        for number in alive:
-            _report(study, trials[number], epochs, losses[number])
-        keep = max(1, len(alive) // _FACTOR)
-        ranked = [n for n in sorted(alive, key=lambda n: (losses[n], n)) if losses[n] < math.inf]
-        if keep > 1 and ranked:
-            ranked = _larger_first(ranked, trials, losses, curves[ranked[0]] or [0.0])
-        is_last = epochs == steps[-1]
-        going_on = [] if is_last else ranked[:keep]
-        for number in alive:
-            if number not in going_on:
-                _end(study, trials[number], losses[number] if is_last else math.inf)
-        alive = sorted(going_on)
-
-
-def _larger_first(
-    ranked: Sequence[int],
-    trials: Sequence[FrozenTrial],
-    losses: Mapping[int, float],
-    best: Sequence[float],
-) -> list[int]:
-    """The ranked trials, of those about as good as the best the larger strengths first.
-
-    Few epochs favour small strengths, as what a large one is for, overfitting, is yet to come.
-
-    Args:
-        ranked: By their losses.
-        trials: By number.
-        losses: By number.
-        best: The losses of the first of them after each epoch; what it has learnt since the first
-            epoch is what differences are small beside.
-    """
-    tie = best[-1] + _TIE * max(0.0, best[0] - best[-1])
-    good = [number for number in ranked if losses[number] <= tie]
-    good.sort(key=lambda number: -strength_of(trials[number]))
-    return [*good, *(number for number in ranked if number not in good)]
-
-
-def _report(study: Study, trial: FrozenTrial, epochs: int, loss: float) -> None:
+def _tell(study: Study, trial: FrozenTrial, result: Validation | None) -> None:
+    """Complete with its losses, or pruned where it diverged."""
     from optuna import Trial
-
-    if not trial.state.is_finished() and epochs not in trial.intermediate_values:
-        Trial(study, trial._trial_id).report(loss, epochs)
-
-
-def _end(study: Study, trial: FrozenTrial, loss: float) -> None:
-    """Complete with a loss, or pruned where it has none."""
     from optuna.trial import TrialState
 
     if trial.state.is_finished():
         return
-    if loss < math.inf:
-        study.tell(trial.number, loss)
-    else:
+    if result is None or not math.isfinite(result.loss):
         study.tell(trial.number, state=TrialState.PRUNED)
+        return
+    Trial(study, trial._trial_id).set_user_attr(_RESULT, asdict(result))
+    study.tell(trial.number, result.loss)
 
 
 def strength_of(trial: FrozenTrial) -> float:
-    """The strength of a trial, of three digits where it was suggested."""
-    low, high = (getattr(trial.distributions[_NAME], end) for end in ("low", "high"))
-    value = trial.params[_NAME]
-    return value if value in (low, high) else min(max(float(f"{value:.3g}"), low), high)
+    """The strength of a trial."""
+    strength: float = trial.params[_NAME]
+    return strength
 
 
-def best(study: Study) -> FrozenTrial | None:
-    """The trial that went to its end with the least validation loss; None where none did."""
+def _completed(study: Study) -> list[FrozenTrial]:
+    """Those that did not diverge, the one of the least loss first."""
     from optuna.trial import TrialState
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(done, key=lambda trial: (trial.value, trial.number), default=None)
+    return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def trial_records(study: Study) -> list[records.Trial]:
+def chosen(study: Study, start: float) -> FrozenTrial:
+    """The trial whose strength is nearest to the first, of those as good as the best.
+
+    As good is what is above it by no more than the standard error of the difference.
+    """
+    from hesstrace_cli.comparison.walk import distance
+
+    done = _completed(study)
+    above = {trial.number: _result(trial).above(_result(done[0])) for trial in done}
+    alike = [trial for trial in done if above[trial.number][0] <= above[trial.number][1]]
+    return min(alike, key=lambda trial: distance(strength_of(trial), start))
+
+
+def _result(trial: FrozenTrial) -> Validation:
+    return Validation(**trial.user_attrs[_RESULT])
+
+
+def trial_records(study: Study, config: TuneConfig) -> list[records.Trial]:
     """What each trial came to, in the order of their strengths."""
-    from optuna.trial import TrialState
-
+    done = _completed(study)
     found: list[records.Trial] = []
     for trial in study.get_trials(deepcopy=False):
-        epochs = trial.last_step or 0
-        loss = trial.intermediate_values.get(epochs, math.inf)
+        strength, diverged = strength_of(trial), trial not in done
+        above, stderr = (None, None) if diverged else _result(trial).above(_result(done[0]))
         found.append({
-            "strength": strength_of(trial),
-            "epochs": epochs,
-            "val_loss": loss if loss < math.inf else None,
-            "pruned": trial.state != TrialState.COMPLETE,
+            "strength": strength,
+            "epochs": branch(config, strength).epochs_done() if diverged else config.epochs,
+            "val_loss": trial.value if not diverged else None,
+            "above_best": above,
+            "stderr": stderr if stderr is not None and stderr < math.inf else None,
+            "pruned": diverged,
         })  # fmt: skip
     return sorted(found, key=lambda record: record["strength"])
 
 
-def record(study: Study, config: TuneConfig) -> dict[str, Any]:
+def record(study: Study, plan: Plan, config: TuneConfig) -> dict[str, Any]:
     """What the search came to; its `command` still in words.
 
     Args:
         study: Searched to its end.
+        plan: How.
         config: The command's.
     """
-    found = best(study)
-    assert found is not None
-    strength, trials = strength_of(found), trial_records(study)
-    cost = study.user_attrs["step_cost"]
+    first = start(config)
+    found, trials = chosen(study, first), trial_records(study, config)
+    strength, cost = strength_of(found), study.user_attrs["step_cost"]
+    own = sum(max(0, trial["epochs"] - plan.shared) for trial in trials)
     return {
         "schema": SCHEMA,
         "regularizer": config.tuned(),
         "strength": strength,
         "val_loss": found.value,
+        "first": first,
         "trials": trials,
         "at_edge": strength in (trials[0]["strength"], trials[-1]["strength"]),
         "range": list(config.bounds()),
         "budget": config.budget,
-        "spent": sum(trial["epochs"] for trial in trials) * cost / config.epochs,
+        "spent": (plan.shared + own) * cost / config.epochs,
         "step_cost": cost,
-        "run": str(planned(config, strength, config.epochs).folder.path),
+        "shared_epochs": plan.shared,
         "command": command(config, strength),
     }

@@ -24,6 +24,7 @@ from hesstrace_cli.config.regularizers import (
     parse_regularizers,
     parse_terms,
     regularizers_name,
+    usual_strength,
 )
 from hesstrace_cli.config.rows import Row, open_names
 from hesstrace_cli.config.yaml_text import shortened
@@ -61,5 +62,6 @@ __all__ = [
     "resolve",
     "shortened",
     "to_yaml",
+    "usual_strength",
     "whole_number",
 ]  # fmt: skip

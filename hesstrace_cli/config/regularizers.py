@@ -189,6 +189,11 @@ def parse_range(name: str, text: str) -> tuple[float, float]:
     return bounds
 
 
+def usual_strength(name: str) -> float | None:
+    """A regularizer's own default; None where it has none."""
+    return _declared(name).default
+
+
 def usual_range(name: str) -> tuple[float, float]:
     """Two decades below a regularizer's own default and two above it.
 

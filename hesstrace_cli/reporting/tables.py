@@ -376,15 +376,14 @@ def _difference(row: Mapping[str, Any], measure: str) -> str:
 
 def tuning_table(record: Mapping[str, Any]) -> Table:
     """A row a strength that was tried, the chosen one marked."""
-    last = max(trial["epochs"] for trial in record["trials"])
     rows = []
     for trial in record["trials"]:
         name, loss = f"{trial['strength']:g}", number(trial["val_loss"])
-        chosen = trial["strength"] == record["strength"] and not trial["pruned"]
-        fate = "chosen" if chosen else "left" if trial["epochs"] < last else ""
-        fate = "diverged" if trial["val_loss"] is None else fate
-        rows.append([name, str(trial["epochs"]), Strong(loss) if chosen else loss, Words(fate)])
+        chosen = trial["strength"] == record["strength"]
+        above = with_error(trial["above_best"], trial["stderr"]) if trial["above_best"] else ""
+        fate = "chosen" if chosen else "diverged" if trial["pruned"] else ""
+        rows.append([name, Strong(loss) if chosen else loss, above, Words(fate)])
     title = (
         f"{record['regularizer']}: {record['spent']:.1f} of {record['budget']:g} plain runs' time"
     )
-    return Table(title, ("strength", "epochs", "validation loss", ""), rows)
+    return Table(title, ("strength", "validation loss", "above the best", ""), rows)

@@ -35,7 +35,7 @@ class StepCost:
     """Ratios to the plain step.
 
     Attributes:
-        time: Median over a few rounds.
+        time: Of the fastest of a few rounds, which other work on the machine has held up least.
         memory: Of weights, gradients, momentum and what the step's graphs keep for backward.
     """
 
@@ -43,11 +43,12 @@ class StepCost:
     memory: float
 
 
-def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
+def step_costs(configs: Mapping[str, TrainConfig], *, rounds: int = _ROUNDS) -> dict[str, StepCost]:
     """Ratios to `none`, every row's steps timed in turn so that a busy machine slows all alike.
 
     Args:
         configs: One a row, by the row's name; without `none` there is nothing to compare to.
+        rounds: Of timing all rows in turn.
 
     Returns:
         By name, of steps at full strength; those of a penalty that is added on every k-th step
@@ -58,7 +59,7 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     memory: dict[str, int] = {}
     trainers = {name: Trainer.of(config) for name, config in configs.items()}
-    for round_number in range(_ROUNDS):
+    for round_number in range(rounds):
         for name, trainer in trainers.items():
             steps = max(_STEPS, trainer.config.every)
             try:
@@ -67,10 +68,10 @@ def step_costs(configs: Mapping[str, TrainConfig]) -> dict[str, StepCost]:
                 seconds[name].append(seconds_of_steps(trainer, steps) / steps)
             except NumericsError:  # the same batch again and again may diverge
                 continue
-    medians = {name: statistics.median(own) for name, own in seconds.items() if own}
+    least = {name: min(own) for name, own in seconds.items() if own}
     return {
-        name: StepCost(own / medians["none"], memory[name] / memory["none"])
-        for name, own in medians.items()
+        name: StepCost(own / least["none"], memory[name] / memory["none"])
+        for name, own in least.items()
     }
 
 

@@ -1,10 +1,16 @@
-"""A run trained to an epoch and left there, to be gone on with to the bit."""
+"""A run trained to an epoch and left there, to be gone on with to the bit, or for its loss."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 
-from hesstrace_cli.errors import Stopped
+from hesstrace_cli.analysis.evaluation import block_losses
+from hesstrace_cli.data import Split
+from hesstrace_cli.errors import NumericsError, Stopped
+from hesstrace_cli.storage.branches import VALIDATION
+from hesstrace_cli.storage.files import write_atomically
 from hesstrace_cli.training.run import Run
 from hesstrace_cli.training.trainer import Progress
 
@@ -18,7 +24,8 @@ def advance_until(
 
     Args:
         run: Its schedules are those of the whole run, wherever it is left.
-        epoch: Where to leave it; None for its end.
+        epoch: Where to leave it; None for its end and the summary. Left after its last epoch, it
+            has its losses on the validation split written beside it, and no summary.
         should_stop: As that of `Run.advance`.
 
     Yields:
@@ -28,14 +35,26 @@ def advance_until(
         NumericsError: If a loss or gradient is not finite.
         Stopped: After saving, if `should_stop` said so.
     """
-    if epoch is None or epoch >= run.config.epochs:
+    if epoch is None:
         yield from run.advance(should_stop)
         run.finish()
         return
-    if run.trainer.epoch >= epoch:
-        run.close()
-        return
+    if run.trainer.epoch < epoch:
+        yield from _advance_to(run, epoch, should_stop)
+    if epoch == run.config.epochs and run.trainer.data.val is not None:
+        _write_validation(run, run.trainer.data.val)
+    run.close()
 
+
+def _write_validation(run: Run, split: Split) -> None:
+    losses, terms = block_losses(run.trainer.judged, split)
+    if not all(map(math.isfinite, losses)):
+        raise NumericsError("the loss on the validation split is not finite after the last epoch")
+    content = json.dumps({"losses": losses, "terms": terms})
+    write_atomically(run.folder.path / VALIDATION, content + "\n")
+
+
+def _advance_to(run: Run, epoch: int, should_stop: Callable[[], int | None]) -> Iterator[Progress]:
     def pause() -> int | None:
         return should_stop() or (_PAUSE if run.trainer.epoch >= epoch else None)
 
