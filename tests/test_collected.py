@@ -174,6 +174,8 @@ def test_collapse_is_told_from_learning():
     log_c = math.log(10)
     assert "shares alone" in collapse(log_c, 0.1, labels)
     assert "shares alone" in collapse(2.31, 0.11, labels)
+    assert "shares alone" in collapse(2.269, 0.0985, labels)  # a little is left of the inputs
+    assert collapse(2.269, 0.13, labels) is None  # and here it helps
     assert "1e+14" in collapse(1e14, 0.1, labels)
     assert "1e+14" in collapse(1e14, 0.9, labels)
     assert collapse(2.2, 0.1, labels) is None  # a lower loss than any guess has

@@ -16,6 +16,7 @@ from hesstrace_cli.tasks.softmax import SoftmaxTask, check_probabilities
 
 _BINS = 15
 _FAR = 10.0  # times log C
+_TOLD = 0.03  # share of the labels' entropy that is next to nothing
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,14 @@ class ClassMeter(Meter):
 def collapse(
     loss: float, accuracy: float, labels: Tensor, weights: Sequence[float] | None = None
 ) -> str | None:
-    """Whether a network tells no more than nothing of these examples, and by what; None if not.
+    """Whether a network tells next to nothing of these examples, and by what; None if not.
 
     Whoever names every class with its share of the examples, whatever the input, has a loss of the
-    shares' entropy, the least that is possible so, and at most the largest share as accuracy. With
-    class weights the shares are those of the weights' sum, by which the losses are multiplied.
+    shares' entropy, the least that is possible so, and at most the largest share as accuracy. Who
+    is no more often right, by more than two standard errors, and has told less than three per cent
+    of that entropy, has learnt no more than that: a network whose weights were driven to 0 is left
+    with a little of its inputs. With class weights the shares are those of the weights' sum, by
+    which the losses are multiplied.
 
     Args:
         loss: The mean cross-entropy on the examples.
@@ -140,9 +144,9 @@ def collapse(
     if loss > _FAR * guess:
         return f"a loss of {loss:.3g}, where a guess among the classes has {guess:.3g}"
     noise = 2 * math.sqrt(largest * (1 - largest) / len(labels))
-    if entropy > 0 and loss >= 0.99 * entropy and accuracy <= largest + noise:
+    if entropy > 0 and loss >= (1 - _TOLD) * entropy and accuracy <= largest + noise:
         return (
-            f"accuracy {accuracy:.3g} and loss {loss:.3g} are no better than those of the classes' "
-            f"shares alone, {largest:.3g} and {entropy:.3g}"
+            f"accuracy {accuracy:.3g} and loss {loss:.3g} are about those of the classes' shares "
+            f"alone, {largest:.3g} and {entropy:.3g}"
         )
     return None
