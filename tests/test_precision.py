@@ -9,7 +9,7 @@ import torch
 
 from hesstrace_cli.autodiff.precision import deterministic_algorithms, full_precision
 from hesstrace_cli.plugins import load_factory
-from tests.conftest import invoke
+from tests.conftest import assert_one_line_error, invoke
 
 BACKENDS = torch.backends
 
@@ -140,3 +140,27 @@ def test_deterministic_algorithms(mode):
             assert torch.get_deterministic_debug_mode() == before
     finally:
         torch.set_deterministic_debug_mode("default")
+
+
+LACKING = """
+import torch
+from torch import nn
+
+class Lacking(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(64, num_classes), nn.BatchNorm1d(num_classes)
+
+    def forward(self, X):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("there is no such kernel")
+        return self.norm(self.layer(X.flatten(1)))
+"""
+
+
+def test_a_device_that_lacks_an_operation_in_half_precision(tmp_path):
+    (tmp_path / "lacking.py").write_text(LACKING)
+    model = ["--model", "lacking.py:Lacking", "--device", "cpu", "--out", "r"]
+    result = invoke("train", *model, "--precision", "fp16")
+    words = "--precision fp16: model 'lacking.py:Lacking' does not run in it on cpu", "no such kernel"
+    assert_one_line_error(result, 2, *words)

@@ -68,10 +68,12 @@ def evaluate(
     task, total, meter = split.task, torch.zeros((), dtype=torch.float64), split.task.meter()
     with eval_mode(model):
         for outputs, y in _outputs(model, split, batch_size, alone):
-            total = total.to(outputs.device)
-            total += task.loss(outputs, y).double() * task.num_terms(y)
+            if not meter.takes_loss:
+                total = total.to(outputs.device)
+                total += task.loss(outputs, y).double() * task.num_terms(y)
             meter.add(outputs, y)
-    return Evaluation(total.item() / split.num_terms, meter.result())
+    metrics = meter.result()
+    return Evaluation(total.item() / split.num_terms if meter.loss is None else meter.loss, metrics)
 
 
 _BLOCKS = 50

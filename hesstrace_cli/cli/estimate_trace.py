@@ -10,7 +10,7 @@ import typer
 from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.output import Tell, check_places, once_loaded, records_of, write_json
-from hesstrace_cli.config import EstimateConfig, resolve
+from hesstrace_cli.config import EstimateConfig, is_text, resolve
 from hesstrace_cli.reporting import plots, tables
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def _show(records: list[Mapping[str, Any]], settings: EstimateConfig) -> None:
             )
     given = {key: value for key, value in first["preprocess"].items() if value is not None}
     inputs = ", ".join(f"{key} {value}" for key, value in given.items())
+    if is_text(first["dataset"]):
+        inputs = "windows of the text, each by itself"
     screen.say(
         _DEFINITION.format(
             matrix="H" if first["curvature"] == "hessian" else "G",

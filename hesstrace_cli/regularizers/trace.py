@@ -200,9 +200,10 @@ class TraceRegularizer(Coupled):
             return "--penalty-examples takes a pass of its own"
         if not self.by_example:
             return "the batch's norm differentiates in the weights; --form example does not"
-        whole = [name for name, way in self._examples.ways.items() if way.kind == "batch"]
+        ways = self._examples.taken(self.draws)
+        whole = [name for name, way in ways.items() if way.kind == "batch"]
         if whole:
-            return f"{whole[0]} has no norm by example ({self._examples.ways[whole[0]].reason})"
+            return f"{whole[0]} has no norm by example ({ways[whole[0]].reason})"
         return None
 
     def _examine(self, setting: Setting) -> None:
@@ -213,7 +214,7 @@ class TraceRegularizer(Coupled):
         refuse_wrong_rules(objective, X)
         self._examples.examine(outputs, objective.params, objective.task)
         form = "batch" if self._examples.is_batch else "example"
-        self.form = FormChoice(form, self._examples.described())
+        self.form = FormChoice(form, self._examples.described(self.draws))
 
     def description(self) -> dict[str, Any]:
         """What the penalty is of, by which rule and derivatives, and its settings."""

@@ -102,7 +102,8 @@ class RunFolder:
         """Refuse before the work a folder in which the run can neither begin nor go on.
 
         Raises:
-            ConfigError: If it is missing with `--resume`, occupied without it, or unusable.
+            ConfigError: If it is missing with `--resume`, occupied without it, unusable, or holds
+                a run with other settings.
         """
         name = repr(str(self.path))
         for file in self._own:
@@ -131,6 +132,8 @@ class RunFolder:
             )
         if not usable:
             raise ConfigError(f"--out {name} cannot be used: {str(place)!r} cannot be written to")
+        if holds_run and not is_longer(self._read_settings(), config):
+            self.check_same(config)
 
     def lock(self) -> FolderLock:
         """Make the folder and keep other processes out of it.
@@ -163,10 +166,8 @@ class RunFolder:
         if not self.settings.is_file():
             self._write_settings(config)
             return None
-        before = self._read_settings()
-        if not is_longer(before, config):
-            self.check_same(config)
         content = self._last_state()
+        before = self._read_settings()
         if content is not None:
             before = config_of(content)
             if not is_longer(before, config) and (changed := changes(before, config)):

@@ -45,7 +45,15 @@ class Selection:
 
 
 class Meter(ABC):
-    """Sums over the batches of a data set, on the device and without waiting for it."""
+    """Sums over the batches of a data set, on the device and without waiting for it.
+
+    Attributes:
+        loss: After `result` the mean of the task's loss; None where the metrics do not take it.
+    """
+
+    takes_loss: bool = False
+    """Whether `loss` is found on the way, so that nobody else has to."""
+    loss: float | None = None
 
     @abstractmethod
     def add(self, outputs: Tensor, targets: Tensor) -> None:

@@ -40,14 +40,20 @@ class Tokens(PlacesTask):
 
     def meter(self) -> Meter:
         """Perplexity and accuracy."""
-        return TokenMeter(self.ignore_index)
+        is_loss = self.class_weights is None and not self.label_smoothing
+        return TokenMeter(self.ignore_index, is_loss=is_loss)
 
 
 class TokenMeter(Meter):
-    """Perplexity, exp of the mean cross-entropy of all tokens that count, and their accuracy."""
+    """Perplexity, exp of the mean cross-entropy of all tokens that count, and their accuracy.
 
-    def __init__(self, ignore_index: int) -> None:
-        self._ignored = ignore_index
+    Args:
+        ignore_index: The target of tokens that do not count.
+        is_loss: Whether that mean is the task's loss.
+    """
+
+    def __init__(self, ignore_index: int, *, is_loss: bool) -> None:
+        self._ignored, self.takes_loss = ignore_index, is_loss
         self._sums: Tensor | None = None
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
@@ -65,6 +71,7 @@ class TokenMeter(Meter):
         assert self._sums is not None
         loss, right, count = self._sums.tolist()
         mean = loss / count
+        self.loss = mean if self.takes_loss else None
         return {
             "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "accuracy": right / count,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
+from torch.func import functional_call
 
 from hesstrace_cli import records
 from hesstrace_cli.analysis.estimation import trace_record
@@ -179,7 +180,29 @@ class Trainer:
         self.num_outputs = check_fit(model, self.data, config.model)
         check_training_output(model, self.data, config.model)
         run_in_precision(model, config.precision, self.device)
+        if config.precision != "float32":
+            self._check_precision(model)
         return model
+
+    def _check_precision(self, model: nn.Module) -> None:
+        """Try a step's forward pass, as some devices lack some operations in half precision.
+
+        Raises:
+            ConfigError: If it fails where float32 does not.
+        """
+        X = next(self.data.train.batches(2))[0].to(self._built_on)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        try:
+            with random_state_kept():
+                functional_call(model, buffers, (X,))
+        except (RuntimeError, ValueError) as problem:
+            if is_of_the_machine(problem) or "more than 1 value per channel" in str(problem):
+                return  # found, and said, where a step is taken
+            said = " ".join(str(problem).split())[:200]
+            raise ConfigError(
+                f"--precision {self.config.precision}: model {self.config.model!r} does not run in "
+                f"it on {self._built_on.type}: {said}"
+            ) from problem
 
     def _shard(self) -> None:
         """Split the model over the processes; its parameters are others afterwards.

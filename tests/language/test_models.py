@@ -191,3 +191,29 @@ def test_perplexity_is_of_all_tokens_whatever_the_batch(name, n):
     assert (alone.loss == pytest.approx(found[0].loss)) == (not isinstance(model, Carrying)) or (
         len(split) <= 10
     )
+
+
+@pytest.mark.parametrize("weights", [None, tuple(1 + i / V for i in range(V))])
+def test_the_loss_of_tokens_is_taken_once(weights, monkeypatch):
+    """By the meter, unless the task weighs tokens, of which the perplexity knows nothing."""
+    model, split = model_of("gpt"), text(100)
+    plain = evaluate(model, split, 4)
+    calls = []
+    monkeypatch.setattr(F, "cross_entropy", _counted(calls))
+    found = evaluate(model, split.of_task(Tokens(class_weights=weights)), 4)
+    batches = -(-len(split) // 4)
+    assert len(calls) == batches * (1 if weights is None else 2)
+    assert found.metrics == plain.metrics
+    ((X, y),) = split.batches(1000)
+    of_tokens = -model(X).log_softmax(-1).gather(2, y.clamp(min=0)[..., None])[..., 0]
+    w = torch.ones(V) if weights is None else torch.tensor(weights)
+    mean = (of_tokens * w[y.clamp(min=0)] * (y != -100)).sum() / split.num_terms
+    assert found.loss == pytest.approx(mean.item(), rel=1e-6)
+
+
+def _counted(calls, own=F.cross_entropy):
+    def take(*args, **kwargs):
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    return take

@@ -245,7 +245,11 @@ def test_a_checkpoint_of_another_vocabulary(tmp_path):
         assert_one_line_error(result, 4, "is of another vocabulary (word, 5 tokens", "--vocab-size")
     result = invoke("estimate-trace", "r/last.pt", "--train-tokens", "9")
     assert_one_line_error(result, 4, "is of another vocabulary", "--train-tokens")
-    assert invoke("estimate-trace", "r/last.pt").exit_code == 0
+    result = invoke("estimate-trace", "r/last.pt")
+    assert result.exit_code == 0
+    assert "no augmentation; inputs: windows of the text, each by itself" in result.stderr
+    result = invoke("train", "--resume", "--out", "r", "--vocab-size", "6")
+    assert_one_line_error(result, 2, "holds a run with other settings", "vocab-size was 5, is 6")
     write(tmp_path / "t", train=WORDS.replace("the", "ein"))
     for command in (["estimate-trace", "r/last.pt"], ["train", "--resume", "--out", "r"]):
         assert_one_line_error(invoke(*command), 4, "vocabulary")

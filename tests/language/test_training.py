@@ -247,6 +247,20 @@ def test_a_summary_has_perplexity_and_accuracy(settings, tmp_path):
     assert summary["selection"] == {"metric": "perplexity", "higher_is_better": False}
 
 
+@pytest.mark.parametrize("scheme", ["tensor", "entry"])
+def test_dropped_entries_of_a_tied_table_go_by_the_whole_batch(scheme, settings, tmp_path):
+    run = make_run(
+        tmp_path / "r", **settings(
+            model="gpt", model_arg={"width": 8, "layers": 1, "heads": 2, "tied": True},
+            reg="trace=0.01", form="example", dropout_scheme=scheme,
+        )
+    )  # fmt: skip
+    (penalty,) = run.trainer.regularizers
+    said, words = penalty.description()["form_reason"], "entries of a tied table are dropped"
+    assert (f"1 of the whole batch as {words} (embedding.weight)" in said) == (scheme == "entry")
+    assert (words in (penalty.reads_weights or "")) == (scheme == "entry")
+
+
 def test_what_a_penalty_costs_without_cudnn_is_measured(settings, tmp_path, monkeypatch):
     penalised = make_run(tmp_path / "a", **settings(reg="trace=0.01")).trainer
     plain = make_run(tmp_path / "b", **settings()).trainer

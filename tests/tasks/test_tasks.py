@@ -190,6 +190,10 @@ def test_metrics_do_not_depend_on_batches(case):
         parts.add(outputs[p], targets[p])
     assert parts.result() == pytest.approx(whole.result())
     assert all(math.isfinite(value) for value in whole.result().values())
+    plain = isinstance(task, Tokens) and task.class_weights is None and not task.label_smoothing
+    assert whole.takes_loss == plain
+    mean = pytest.approx(task.loss(outputs, targets).item()) if plain else None
+    assert whole.loss == parts.loss == mean
 
 
 def test_metrics_of_known_predictions():

@@ -45,6 +45,7 @@ class Way:
         strided: Of the layout of its rows.
         single: Whether there is one row an example, so that nothing is known of the layout.
         reason: Why it is not by example.
+        tied: Whether it is a table that several operations take.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Way:
     strided: bool = False
     single: bool = False
     reason: str = ""
+    tied: bool = False
 
     def fits(self, use: Use, num_examples: int) -> bool:
         """Whether an operation is the one that was looked at."""
@@ -109,7 +111,8 @@ class ByExample:
                     self.ways[name] = Way("batch", reason=reason)
                     continue
                 single = use.rows_at == (len(outputs),)
-                self.ways[name] = Way("example", use.kind, layouts[name].strided, single)
+                strided, tied = layouts[name].strided, not use.takes_entries
+                self.ways[name] = Way("example", use.kind, strided, single, tied=tied)
         for name in params.keys() - self.ways.keys():
             self.ways[name] = Way("batch", reason="used twice, or in an operation without a rule")
         self._known[_operations(outputs)] = self.ways, len(outputs) == 1
@@ -119,14 +122,26 @@ class ByExample:
         """Whether no parameter goes by example, nor in closed form."""
         return all(way.kind == "batch" for way in self.ways.values())
 
-    def described(self) -> str:
+    def taken(self, draws: Draws) -> dict[str, Way]:
+        """The ways that are taken with what is drawn: dropped entries of a tied table have no rule.
+
+        To scale them one by one, every example's gradient over all words would be made.
+        """
+        rest = Way("batch", reason="entries of a tied table are dropped")
+        return {
+            name: rest if draws.scheme == "entry" and way.tied else way
+            for name, way in self.ways.items()
+        }
+
+    def described(self, draws: Draws) -> str:
         """How many tensors go which way, and why."""
-        counts = Counter(way.kind for way in self.ways.values())
-        parts = [f"{counts['example']} of {len(self.ways)} tensors by example"]
+        ways = self.taken(draws)
+        counts = Counter(way.kind for way in ways.values())
+        parts = [f"{counts['example']} of {len(ways)} tensors by example"]
         if counts["closed"]:
             parts.append(f"{counts['closed']} in closed form")
-        for reason in dict.fromkeys(w.reason for w in self.ways.values() if w.kind == "batch"):
-            names = [n for n, way in self.ways.items() if way.reason == reason]
+        for reason in dict.fromkeys(w.reason for w in ways.values() if w.kind == "batch"):
+            names = [n for n, way in ways.items() if way.reason == reason]
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             parts.append(f"{len(names)} of the whole batch as {reason} ({listed})")
         return "; ".join(parts)
