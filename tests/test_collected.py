@@ -16,7 +16,7 @@ from hesstrace_cli.comparison.groups import with_settings
 from hesstrace_cli.config import TrainConfig, to_yaml
 from hesstrace_cli.curvature.statistics import StratifiedMean
 from hesstrace_cli.reporting import tables
-from hesstrace_cli.reporting.apart import key
+from hesstrace_cli.reporting.apart import key, settings_text
 from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.tasks import Classification
 from hesstrace_cli.tasks.classification import collapse
@@ -237,3 +237,9 @@ def test_the_error_of_a_subset_is_never_nothing(checkpoint):
         assert "(exact)" not in result.stdout
     assert "(exact on 40)" in invoke("estimate-trace", checkpoint, "--num-examples", "40").stdout
     assert "(exact)" in invoke("estimate-trace", checkpoint).stdout
+
+
+def test_settings_are_said_as_they_are_given():
+    settings = {"model-arg": {"width": 4, "norm": "none"}, "vocab-size": None, "mean": {}}
+    said = "model-arg width=4 norm=none, vocab-size none, mean none"
+    assert settings_text(settings) == said

@@ -162,5 +162,8 @@ def test_a_device_that_lacks_an_operation_in_half_precision(tmp_path):
     (tmp_path / "lacking.py").write_text(LACKING)
     model = ["--model", "lacking.py:Lacking", "--device", "cpu", "--out", "r"]
     result = invoke("train", *model, "--precision", "fp16")
-    words = "--precision fp16: model 'lacking.py:Lacking' does not run in it on cpu", "no such kernel"
+    words = (
+        "--precision fp16: model 'lacking.py:Lacking' does not run in it on cpu",
+        "no such kernel",
+    )
     assert_one_line_error(result, 2, *words)

@@ -27,4 +27,10 @@ def differing(settings: Sequence[Settings]) -> list[str]:
 
 def settings_text(settings: Settings) -> str:
     """Settings in a line."""
-    return ", ".join(f"{k} {'none' if v is None else v}" for k, v in settings.items())
+    return ", ".join(f"{key} {_text(value)}" for key, value in settings.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in value.items()) or "none"
+    return "none" if value is None else str(value)
