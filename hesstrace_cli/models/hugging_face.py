@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,29 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     has_weights = is_folder(place) and any(any(place.glob(glob)) for glob in _WEIGHTS)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(file), **how)
-        unknown = [name for name in changes if not hasattr(config, name)]
-        if unknown:
+        with _quiet(transformers.utils.logging):
+            config = transformers.AutoConfig.from_pretrained(str(file), **how)
+            unknown = [name for name in changes if not hasattr(config, name)]
+            if unknown:
+                raise ModelError(
+                    f"{spec!r}: its config has no {shortened(unknown[0])}, which --model-arg sets"
+                )
+            if not has_weights or task == "classification":
+                changes = {**given, **changes}
+            config.update({"use_cache": False, **changes})
+            if not has_weights:
+                made: nn.Module = kinds[task].from_config(config, trust_remote_code=False)
+                return made
+            how["output_loading_info"] = True
+            loaded, info = kinds[task].from_pretrained(str(place), config=config, **how)
+        missing = sorted(info["missing_keys"])
+        if missing and task == "tokens":  # of a classifier the last layer is new
             raise ModelError(
-                f"{spec!r}: its config has no {shortened(unknown[0])}, which --model-arg sets"
+                f"{str(place)!r}: its weights lack {len(missing)} of the model's, the first "
+                f"{shortened(missing[0])}"
             )
-        if not has_weights or task == "classification":
-            changes = {**given, **changes}
-        config.update({"use_cache": False, **changes})
-        if not has_weights:
-            made: nn.Module = kinds[task].from_config(config, trust_remote_code=False)
-            return made
-        loaded: nn.Module = kinds[task].from_pretrained(str(place), config=config, **how)
-        return loaded.float()
+        of_it: nn.Module = loaded.float()
+        return of_it
     except ModelError:
         raise
     except Exception as problem:  # the library raises many kinds
@@ -81,3 +92,17 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
         if "trust_remote_code" in str(problem):
             reason = "it names code of its own (auto_map), which is not run"
         raise ModelError(f"{str(place)!r} holds no model that can be built: {reason}") from problem
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without the library's advice and its bars, which no log file can hold."""
+    before, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -45,7 +45,7 @@ def test_a_gpt2_of_two_layers_trains_penalised_and_is_estimated(form, flags, tmp
     assert content["state_dict"]["transformer.wte.weight"].shape == (11, 8)  # the text's words
 
 
-def test_weights_in_a_folder_are_taken(flags, tmp_path):
+def test_weights_in_a_folder_are_taken(flags, tmp_path, capfd):
     config = transformers.GPT2Config(**{**GPT2, "vocab_size": 256})
     saved = transformers.GPT2LMHeadModel(config)
     saved.save_pretrained(tmp_path / "saved")
@@ -53,12 +53,27 @@ def test_weights_in_a_folder_are_taken(flags, tmp_path):
         "dataset": f"text:{tmp_path}", "seq_len": 5, "tokens": "byte", "train_examples": None,
         "model": f"hf:{tmp_path}/saved", "model_arg": {},
     }  # fmt: skip
+    capfd.readouterr()
     run = make_run(tmp_path / "r", **settings)
+    assert capfd.readouterr() == ("", "")  # no bar, and no advice
     for name, value in run.trainer.model.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name]), name
     X = torch.arange(10).view(2, 5)
     expected = saved.eval()(X).logits
     torch.testing.assert_close(run.trainer.model.eval()(X).logits, expected)
+
+
+def test_weights_that_are_not_all_there(flags, tmp_path):
+    saved = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, "vocab_size": 256}))
+    kept = {
+        n: w for n, w in saved.state_dict().items() if "h.1.mlp" not in n and "lm_head" not in n
+    }
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({**GPT2, "vocab_size": 256}))
+    torch.save(kept, tmp_path / "saved" / "pytorch_model.bin")
+    flags = ["train", *flags, "--tokens", "byte", "--model", f"hf:{tmp_path}/saved"]
+    words = "its weights lack 4 of the model's, the first 'transformer.h.1.mlp.c_fc.bias'"
+    assert_one_line_error(invoke(*flags), 4, f"{str(tmp_path / 'saved')!r}", words)
 
 
 @pytest.mark.slow

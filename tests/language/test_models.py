@@ -7,13 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from hesstrace_cli.analysis import method_choice
 from hesstrace_cli.analysis.estimation import estimate
 from hesstrace_cli.analysis.evaluation import evaluate
 from hesstrace_cli.autodiff.calls import trainable
+from hesstrace_cli.autodiff.differentiable import differentiable_ops
 from hesstrace_cli.config import EstimateConfig
 from hesstrace_cli.curvature.objective import Objective
+from hesstrace_cli.curvature.per_example.by_example import ByExample
+from hesstrace_cli.curvature.probes import Draws, draw_signs
 from hesstrace_cli.errors import ModelError
 from hesstrace_cli.models import build_model
 from hesstrace_cli.models.language import Carrying
@@ -209,6 +213,47 @@ def test_the_loss_of_tokens_is_taken_once(weights, monkeypatch):
     w = torch.ones(V) if weights is None else torch.tensor(weights)
     mean = (of_tokens * w[y.clamp(min=0)] * (y != -100)).sum() / split.num_terms
     assert found.loss == pytest.approx(mean.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_the_penalty_of_windows_that_begin_with_a_state(hold):
+    """By example, in value and gradient, against dense Jacobians at the state carried to them."""
+    model = model_of("lstm")
+    params, y = trainable(model), numbers(2 * T, seed=4).view(2, T)
+    generator = torch.Generator().manual_seed(2)
+    state, u = torch.randn(2, 2, 2, 2, dtype=torch.float64, generator=generator), {
+        n: torch.randn(p.shape, dtype=torch.float64, generator=generator) for n, p in params.items()
+    }  # fmt: skip
+
+    def outputs(given):
+        X = numbers(2 * T).view(2, T)
+        return functional_call(model, given, (X,), {"state": state})["logits"]
+
+    with differentiable_ops(order=2, by_example=True):
+        found = outputs(params)
+    (value,) = ByExample().samples(
+        found, params, Tokens(), y, draws=Draws(), generator=generator.manual_seed(3), hold=hold
+    )
+    signs, at = draw_signs(found.detach(), generator.manual_seed(3)), found.detach()
+
+    def truth(step):
+        moved = {n: p.detach() + step * u[n] for n, p in params.items()}
+        rows = torch.autograd.functional.jacobian(
+            lambda *values: outputs(dict(zip(moved, values, strict=True))), tuple(moved.values())
+        )
+        f = at if hold else outputs(moved)
+        B_e, traces, total = Tokens().root(f, y, signs), Tokens().curvature_traces(f, y), 0.0
+        for each, J in zip(moved, (rows.flatten(3) for rows in rows), strict=True):
+            if each.startswith("decoder"):  # in closed form; a word's row of J is h, or 1
+                total += (J[:, :, 0].square().sum(-1) * traces).sum().item()
+            else:
+                total += torch.einsum("ntv,ntvp->np", B_e, J).square().sum().item()
+        return total / y.numel()
+
+    assert value.item() == pytest.approx(truth(0), rel=1e-9)
+    grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+    slope = sum((g * u[n]).sum().item() for n, g in zip(params, grads, strict=True))
+    assert slope == pytest.approx((truth(1e-5) - truth(-1e-5)) / 2e-5, rel=1e-5)
 
 
 def _counted(calls, own=F.cross_entropy):
