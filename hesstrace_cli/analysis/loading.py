@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hesstrace_cli import records
 from hesstrace_cli.autodiff.calls import eval_mode, native_outputs
 from hesstrace_cli.autodiff.casting import cast_model
-from hesstrace_cli.config import CheckpointConfig, DataConfig, shortened, whole_number
+from hesstrace_cli.config import CheckpointConfig, DataConfig, is_text, shortened, whole_number
 from hesstrace_cli.curvature.per_example.independence import MixedExamples, check_independence
 from hesstrace_cli.data import DataSet, Split, is_data_plugin, load_data, stratified_order
 from hesstrace_cli.distributed import launcher
@@ -24,6 +24,7 @@ from hesstrace_cli.storage.checkpoints import load_weights, read_checkpoint
 from hesstrace_cli.storage.files import check_apart, files_of
 from hesstrace_cli.tasks import Task
 
+_OF_TEXTS = ("tokens", "vocab_size", "seq_len", "train_tokens")
 _ROUNDING = 1e-4
 """Of outputs that are the same, relative to the largest."""
 
@@ -123,6 +124,8 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         check_apart(place, [path, *files_of(model_name), *files_of(dataset)])
     same_data = dataset == said.get("dataset")
     defaults = said if same_data else {}
+    if is_text(dataset) and is_text(str(said.get("dataset"))):  # another text is cut up alike
+        defaults = {**{name: said.get(name) for name in _OF_TEXTS}, **defaults}
     names = (
         "data_dir",
         "image_size",
@@ -132,10 +135,7 @@ def load_checkpoint(path: str, config: CheckpointConfig) -> Loaded:
         "task",
         "class_weights",
         "label_noise",
-        "tokens",
-        "vocab_size",
-        "seq_len",
-        "train_tokens",
+        *_OF_TEXTS,
     )
     unsaid = {name: defaults.get(name) for name in names if getattr(config, name) is None}
     changes: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -248,6 +250,13 @@ def test_a_checkpoint_of_another_vocabulary(tmp_path):
     result = invoke("estimate-trace", "r/last.pt")
     assert result.exit_code == 0
     assert "no augmentation; inputs: windows of the text, each by itself" in result.stderr
+    other = write(tmp_path / "other", test="the cat ran\na dog\n" * 3)  # cut up as the run's own
+    result = invoke(
+        "estimate-trace", "r/last.pt", "--dataset", other, "--split", "test", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["num_examples"], found["num_terms"]) == (5, 20)
     result = invoke("train", "--resume", "--out", "r", "--vocab-size", "6")
     assert_one_line_error(result, 2, "holds a run with other settings", "vocab-size was 5, is 6")
     write(tmp_path / "t", train=WORDS.replace("the", "ein"))
