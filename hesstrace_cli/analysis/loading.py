@@ -297,10 +297,23 @@ def tried_outputs(
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(
             f"model {name!r} does not take inputs of shape {tuple(X.shape[1:])}: {reason}"
+            f"{_on_indices(model, X)}"
         ) from problem
     _check_output(logits, task, name, mode)
     task.check_outputs(logits, y, name)
     return logits
+
+
+def _on_indices(model: nn.Module, X: Tensor) -> str:
+    """Half a sentence on what such a failure is of, where it may be of indices."""
+    embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
+    if embeds and X.is_floating_point():
+        return "; it reads indices, as the tokens of --dataset text:DIR, and these are no integers"
+    if not embeds and not X.is_floating_point():
+        return "; these are indices, which a model with a torch.nn.Embedding reads"
+    if embeds and X.dim() == 2:
+        return f"; these are {X.shape[1]} indices in a row (--seq-len of a text), up to {X.max()}"
+    return ""
 
 
 def _check_output(output: Tensor, task: Task, name: str, mode: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
             f"{str(place)!r} {what}; hf: takes a local folder, or a config's file, and nothing is "
             "downloaded"
         )
+    with _quiet(transformers.utils.logging):
+        return _built(transformers, place, file, num_classes, task, changes)
+
+
+def _built(
+    transformers: Any, place: Path, file: Path, num_classes: int, task: str, changes: dict[str, Any]
+) -> nn.Module:
+    spec = f"{PREFIX}{place}"
     kinds: dict[str, Any] = {
         "tokens": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
@@ -60,21 +69,20 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     has_weights = is_folder(place) and any(any(place.glob(glob)) for glob in _WEIGHTS)
     try:
-        with _quiet(transformers.utils.logging):
-            config = transformers.AutoConfig.from_pretrained(str(file), **how)
-            unknown = [name for name in changes if not hasattr(config, name)]
-            if unknown:
-                raise ModelError(
-                    f"{spec!r}: its config has no {shortened(unknown[0])}, which --model-arg sets"
-                )
-            if not has_weights or task == "classification":
-                changes = {**given, **changes}
-            config.update({"use_cache": False, **changes})
-            if not has_weights:
-                made: nn.Module = kinds[task].from_config(config, trust_remote_code=False)
-                return made
-            how["output_loading_info"] = True
-            loaded, info = kinds[task].from_pretrained(str(place), config=config, **how)
+        config = transformers.AutoConfig.from_pretrained(str(file), **how)
+        unknown = [name for name in changes if not hasattr(config, name)]
+        if unknown:
+            raise ModelError(
+                f"{spec!r}: its config has no {shortened(unknown[0])}, which --model-arg sets"
+            )
+        if not has_weights or task == "classification":
+            changes = {**given, **changes}
+        config.update({"use_cache": False, **changes})
+        if not has_weights:
+            made: nn.Module = kinds[task].from_config(config, trust_remote_code=False)
+            return made
+        how["output_loading_info"] = True
+        loaded, info = kinds[task].from_pretrained(str(place), config=config, **how)
         missing = sorted(info["missing_keys"])
         if missing and task == "tokens":  # of a classifier the last layer is new
             raise ModelError(
@@ -98,11 +106,15 @@ def hugging_face(spec: str, *, num_classes: int, task: str, **changes: Any) -> n
 def _quiet(logging: Any) -> Iterator[None]:
     """Without the library's advice and its bars, which no log file can hold."""
     before, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    torchs = getLogger("torch.utils._pytree")  # says what the libraries that it imports do
+    level = torchs.level
+    torchs.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        torchs.setLevel(level)
         logging.set_verbosity(before)
         if has_bars:
             logging.enable_progress_bar()

@@ -140,6 +140,13 @@ def test_code_that_a_folder_names_is_neither_run_nor_asked_for(what, flags, tmp_
     assert not (tmp_path / "was run").exists()
 
 
+def test_windows_longer_than_the_models_places(flags, tmp_path):
+    more = ["--model", f"hf:{tmp_path}/gpt2.json", "--seq-len", "17"]
+    assert_one_line_error(
+        invoke("train", *flags, *more), 4, "17 indices in a row (--seq-len", "up to"
+    )
+
+
 def test_a_setting_that_the_config_lacks(flags, tmp_path):
     model = ["--model", f"hf:{tmp_path}/gpt2.json", "--model-arg", "depth=3"]
     assert_one_line_error(invoke("train", *flags, *model), 4, "its config has no 'depth'")

@@ -230,6 +230,14 @@ def test_settings_of_a_text_for_what_is_none():
     assert_one_line_error(invoke("train", "--dataset", "wikitext-2"), 3, "--data-dir")
 
 
+def test_a_model_of_tokens_for_images_and_one_of_images_for_tokens(tmp_path):
+    for model in ("lstm", "gpt"):
+        words = "it reads indices, as the tokens of --dataset text:DIR"
+        assert_one_line_error(invoke("train", "--model", model), 4, words)
+    flags = ["train", "--dataset", write(tmp_path / "t"), "--seq-len", "4", "--model", "mlp"]
+    assert_one_line_error(invoke(*flags), 4, "these are indices")
+
+
 @pytest.mark.parametrize(("share", "said"), [(0.3, True), (0.1, False), (0.0, False)])
 def test_a_share_held_out_of_a_text_is_without_effect(share, said, capsys):
     warn_of_unused(config("text:t", val_fraction=share), [])
