@@ -604,5 +604,5 @@ class Tuning(TypedDict):
     budget: float
     spent: float
     step_cost: float
-    shared_epochs: int
+    run: str
     command: str

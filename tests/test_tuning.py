@@ -23,6 +23,7 @@ from tests.test_records import check
 
 tune = importlib.import_module("hesstrace_cli.cli.tune")  # the name is its command's, too
 BOUNDS, START, EPOCHS = (1e-4, 1.0), 0.01, 45
+PLAN = tuning.Plan(7, EPOCHS)
 
 
 def made(optimum):
@@ -40,7 +41,7 @@ def made(optimum):
 def searched(folder, evaluate, size=3, start=START, bounds=BOUNDS):
     folder.mkdir(exist_ok=True)
     study = tuning.open_study(folder, {}, lambda: 2.0)
-    tuning.search(study, tuning.Plan(size, 20, EPOCHS), bounds, start, evaluate)
+    tuning.search(study, tuning.Plan(size, EPOCHS), bounds, start, evaluate)
     return study
 
 
@@ -90,7 +91,7 @@ def test_what_diverged_is_never_chosen_and_only_smaller_ones_follow(tmp_path):
     evaluate, asked = made(0.00004)
     study = searched(tmp_path, evaluate)
     assert asked == [[0.01], [0.00316], [0.001]]
-    trials = tuning.trial_records(study, resolve(TuneConfig, {"epochs": EPOCHS}, None))
+    trials = tuning.trial_records(study, PLAN, resolve(TuneConfig, {"epochs": EPOCHS}, None))
     assert [t["strength"] for t in trials] == [0.001, 0.00316, 0.01]
     assert [t["pruned"] for t in trials] == [False, False, True]
     assert [t["val_loss"] is None for t in trials] == [False, False, True]
@@ -131,7 +132,7 @@ class Killed(BaseException):
 def test_killed_at_any_write_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     evaluate, _ = made(0.02)
     config = resolve(TuneConfig, {}, None)
-    truth = tuning.trial_records(searched(tmp_path / "whole", evaluate, size=7), config)
+    truth = tuning.trial_records(searched(tmp_path / "whole", evaluate, size=7), PLAN, config)
     append = JournalFileBackend.append_logs
     left = [0]
 
@@ -155,23 +156,24 @@ def test_killed_at_any_write_and_resumed_is_uninterrupted(tmp_path, monkeypatch)
             kills += 1
             (folder / f"{tuning.STUDY}.lock").symlink_to("nothing")  # it held the lock
     assert kills > 9
-    assert tuning.trial_records(study, config) == truth
+    assert tuning.trial_records(study, PLAN, config) == truth
 
 
 def test_a_budget_pays_for_what_it_says():
-    for budget, cost, size in [(5, 1.0, 7), (5, 1.8, 4), (5, 2.6, 3), (5, 3.2, 3), (60, 3.0, 7)]:
+    for budget, cost, size, until in [
+        (5, 1.0, 6, 37), (5, 1.5, 4, 37), (5, 2.5, 2, 45), (5, 3.7, 2, 30), (60, 3.0, 7, 45),
+    ]:  # fmt: skip
         plan = tuning.plan(budget, cost, EPOCHS)
-        assert plan.size == size
+        assert plan == tuning.Plan(size, until)
         assert sum(plan.rounds()) == size
-        assert plan.trained * cost / EPOCHS <= budget
-        fewer = tuning.Plan(size, plan.shared - 1, EPOCHS)
-        assert plan.shared == 0 or fewer.trained * cost / EPOCHS > budget
-    whole = tuning.plan(5, 1.2, EPOCHS, shares=False)
-    assert (whole.size, whole.shared, whole.rounds()) == (4, 0, [1, 2, 1])
-    with pytest.raises(ConfigError, match=r"give at least --budget 3\.1"):
+        assert size * until * cost / EPOCHS <= budget
+    with pytest.raises(ConfigError, match=r"give at least --budget 2\.7"):
         tuning.plan(1, 2.0, EPOCHS)
-    assert tuning.plan(3.1, 2.0, EPOCHS).size == 3
-    assert tuning.plan(3, 1.0, 1).shared == 0
+    assert tuning.plan(2.7, 2.0, EPOCHS) == tuning.Plan(2, 30)
+    assert tuning.plan(2, 1.0, 1) == tuning.Plan(2, 1)
+    assert [tuning.Plan(n, 1).rounds() for n in (2, 3, 4, 7)] == [
+        [1, 1], [1, 1, 1], [1, 2, 1], [1, 2, 2, 1, 1],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -204,13 +206,12 @@ def test_the_usual_range():
     assert resolve(TuneConfig, {"reg": ["label-smoothing"]}, None).bounds() == (1e-3, 1.0)
     both = resolve(TuneConfig, {"reg": ["cutout=4,trace"], "range": "0.1:0.5"}, None)
     assert (both.tuned(), both.bounds(), tuning.start(both)) == ("trace", (0.1, 0.5), 0.224)
-    run = tuning.branch(both, 0.25)
-    assert run.regularizer == "cutout=4,trace=0.25"
+    run = tuning.planned(both, 0.25, 3)
+    assert (run.regularizer, run.until) == ("cutout=4,trace=0.25", 3)
     assert tuning.plain(both).reg == ["none"]
-    assert not tuning.shares(resolve(TuneConfig, {"reg": ["ema"], "range": "0.9:0.99"}, None))
 
 
-FLAGS = (*TINY[2:], "--epochs", "4", "--reg", "label-smoothing", "--budget", "2")
+FLAGS = (*TINY[2:], "--epochs", "4", "--reg", "label-smoothing", "--budget", "2.25")
 
 
 def tuned(out, *flags):
@@ -225,11 +226,12 @@ def measured(monkeypatch):
 
 
 def test_the_command(tmp_path, measured, monkeypatch):
-    """Killed after each run, resumed: one result; the first strength's run is `train`'s own."""
+    """Killed after each run, resumed: one result; its run, gone on with, is `train`'s own."""
     whole, said = tuned("whole")
     check(whole, records.Tuning)
-    assert (whole["spent"], whole["budget"], whole["shared_epochs"]) == (2, 2, 2)
-    assert "of their 4 epochs the first 2 are trained once" in said.stderr
+    assert [trial["epochs"] for trial in whole["trials"]] == [3, 3, 3]
+    assert whole["spent"] == whole["budget"] == 2.25
+    assert "compared after epoch 3 of 4" in said.stderr
     assert f"train with: {whole['command']}" in said.stderr
     train = tune.train_all
 
@@ -239,71 +241,40 @@ def test_the_command(tmp_path, measured, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "train_all", dies)
-    for _ in range(3):
+    for _ in range(2):
         assert invoke("tune", *FLAGS, "--out", "killed").exit_code != 0
     monkeypatch.setattr(tune, "train_all", train)
-    place = {"command": None}
+    place = {"command": None, "run": None}
     assert {**tuned("killed")[0], **place} == {**whole, **place}
     again, said = tuned("killed")
     assert {**again, **place} == {**whole, **place}
-    assert "after epoch" not in said.stderr  # nothing is trained twice
+    assert "after epoch 3\n" not in said.stderr  # nothing is trained twice
 
+    last = json.loads(pathlib.Path(whole["run"], "metrics.jsonl").read_text().splitlines()[-1])
+    assert whole["val_loss"] == pytest.approx(last["val_loss"])
     words = shlex.split(whole["command"])[1:]
-    first = [word.replace(f"={whole['strength']:g}", f"={whole['first']:g}") for word in words]
-    assert invoke(*first, "--out", "alone").exit_code == 0
-    branch = f"whole/branches/digits-small-cnn-label-smoothing{whole['first']:g}-seed0"
+    assert invoke(*words, "--out", "alone").exit_code == 0
+    assert invoke("train", "--resume", "--out", whole["run"]).exit_code == 0
     one, other = (torch.load(f"{folder}/last.pt", weights_only=True)["state_dict"]
-                  for folder in (branch, "alone"))  # fmt: skip
+                  for folder in (whole["run"], "alone"))  # fmt: skip
     assert all(torch.equal(one[name], other[name]) for name in one)
-    last = json.loads(pathlib.Path("alone/metrics.jsonl").read_text().splitlines()[-1])
-    (trial,) = [t for t in whole["trials"] if t["strength"] == whole["first"]]
-    assert trial["val_loss"] == pytest.approx(last["val_loss"])
 
     changed = invoke("tune", *FLAGS, "--out", "whole", "--lr", "0.01")
     assert_one_line_error(changed, 2, "lr was 0.05, is 0.01")
     assert "chosen" in invoke("tune", *FLAGS, "--out", "whole").stdout
 
 
-def test_a_branch_has_the_strength_of_its_own_after_the_shared_epochs(tmp_path, measured):
-    whole, _ = tuned("whole")
-    lines, strengths = [], []
-    for trial in whole["trials"]:
-        folder = pathlib.Path(
-            f"whole/branches/digits-small-cnn-label-smoothing{trial['strength']:g}-seed0"
-        )
-        lines.append([
-            json.loads(line)["train_loss"]
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ])  # fmt: skip
-        content = torch.load(folder / "last.pt", weights_only=True)
-        strengths.append(float(content["config"]["reg"][0].partition("=")[2]))
-        assert not (folder / "summary.json").exists()  # it is no whole run of this strength
-    assert strengths == [trial["strength"] for trial in whole["trials"]]
-    assert all(own[:2] == lines[0][:2] for own in lines)
-    assert len({own[2] for own in lines}) == 3
-
-
 @pytest.mark.slow
 def test_runs_side_by_side_are_the_same(tmp_path, measured):
-    one, other = (tuned(f"jobs{jobs}", "--jobs", jobs, "--budget", "2.5")[0] for jobs in (1, 2))
-    assert len(one["trials"]) > 3
+    one, other = (tuned(f"jobs{jobs}", "--jobs", jobs, "--budget", "3")[0] for jobs in (1, 2))
+    assert len(one["trials"]) == 4
     assert one["trials"] == other["trials"]
 
 
-def test_an_average_shares_no_epochs(tmp_path, measured):
-    result = invoke(
-        "tune", *TINY, "--reg", "ema", "--range", "0.5:0.9", "--budget", "3", "--out", "ema",
-        "--json", "-",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["shared_epochs"] == 0
-    assert not pathlib.Path("ema/shared").exists()
-
-
-def test_a_first_strength_that_diverges_is_said(tmp_path, measured):
+def test_where_all_diverge_it_is_said(tmp_path, measured):
     result = invoke("tune", *FLAGS, "--lr", "1e30", "--out", "lost")
     assert result.exit_code == 5
-    assert "label-smoothing=0.1, which the search begins with, diverged" in result.stderr
+    assert "error: every strength diverged" in result.stderr
 
 
 def test_an_edge_is_said(tmp_path, measured, monkeypatch):

@@ -38,8 +38,8 @@ def train_until(
 def tune(*, flags: dict[str, Any], config: str | None) -> None:
     """Look for a regularizer's strength on validation, within a budget.
 
-    The first part of the run is trained once, and goes on to the end with each strength that is
-    tried. A second call goes on with what is not finished.
+    The regularizer's default is trained first, its neighbours next, and losses late in the run are
+    compared. A second call goes on with what is not finished.
 
     Example: hesstrace tune --reg trace --budget 5
     """
@@ -51,26 +51,21 @@ def tune(*, flags: dict[str, Any], config: str | None) -> None:
         from hesstrace_cli.comparison import grid, tuning
 
     folder, bounds, first = tuning.root(settings), settings.bounds(), tuning.start(settings)
-    lock = grid.lock(folder, (tuning.SHARED, tuning.BRANCHES, tuning.STUDY))
+    lock = grid.lock(folder, (tuning.RUNS, tuning.STUDY))
     with screen.doing("timing a step"):
         study = tuning.open_study(
             folder, tuning.settings_of(settings), lambda: _step_cost(settings)
         )
     cost = study.user_attrs["step_cost"]
-    plan = tuning.plan(settings.budget, cost, settings.epochs, shares=tuning.shares(settings))
+    plan = tuning.plan(settings.budget, cost, settings.epochs)
     screen.say(
         f"{plan.size} strengths of {settings.tuned()}, from {first:g} on, within {bounds[0]:g} and "
-        f"{bounds[1]:g}; of their {plan.epochs} epochs the first {plan.shared} are trained once; a "
-        f"step takes {cost:.2f} times a plain one"
+        f"{bounds[1]:g}, compared after epoch {plan.until} of {settings.epochs}; a step takes "
+        f"{cost:.2f} times a plain one"
     )
 
     def evaluate(strengths: Sequence[float]) -> list[tuning.Validation | None]:
-        runs = [tuning.branch(settings, strength) for strength in strengths]
-        if plan.shared:
-            trunk = tuning.shared(settings, plan.shared)
-            train_all(grid.pending([trunk]), 1)
-            for run in runs:
-                tuning.branch_from(trunk, run)
+        runs = [tuning.planned(settings, strength, plan.until) for strength in strengths]
         train_all(grid.pending(runs), settings.jobs)
         return [tuning.validation(run) for run in runs]
 
@@ -96,7 +91,7 @@ def _step_cost(settings: TuneConfig) -> float:
     from hesstrace_cli.comparison import tuning
     from hesstrace_cli.training.cost import step_costs
 
-    least = tuning.branch(settings, settings.bounds()[0])
+    least = tuning.planned(settings, settings.bounds()[0], 0)
     configs = {"none": tuning.plain(settings), "tuned": least.config}
     costs = step_costs(configs, rounds=_ROUNDS)
     if "tuned" not in costs:

@@ -1,9 +1,9 @@
 """A strength looked for on validation, in an Optuna study that lies in the folder and is resumed.
 
-The first part of the run is trained once, with the strength that the search begins with, and for
-every strength that is tried a run branches off from there and goes on to its end: only there their
-losses can be compared, as what a penalty is for, overfitting, comes late. The schedules are those
-of whole runs, so that the branch of the first strength is its whole run, to the bit.
+The regularizer's own default is the first strength, its neighbours follow, each a run of its own on
+the schedules of a whole one, to the same epoch: the last, or one of the last third of the run.
+Earlier, weak penalties are ahead, as what a penalty is for, overfitting, comes late; and where runs
+share their first epochs, they are not told apart by what a strength does in these.
 
 Of the strengths that validation cannot tell from the best, by a standard error of the difference
 over the same examples, the one nearest to the first is taken.
@@ -34,7 +34,6 @@ from hesstrace_cli.config import (
     usual_strength,
 )
 from hesstrace_cli.errors import ConfigError, NumericsError
-from hesstrace_cli.storage.branches import VALIDATION, branch_off
 from hesstrace_cli.storage.resume import PLACE
 from hesstrace_cli.storage.runs import default_folder
 
@@ -44,15 +43,12 @@ if TYPE_CHECKING:
 
 SCHEMA = "hesstrace/tune/1"
 STUDY = "study.journal"
-SHARED = "shared"
-BRANCHES = "branches"
+RUNS = "runs"
 
-_MOST = 7  # strengths that are tried; a larger budget shares fewer epochs instead
-_FEWEST = 3
-_SHARED = 1 / 2  # of the epochs, at most, that the runs of more than the fewest have in common
-_MOST_SHARED = 3 / 4  # that those of the fewest have
+_MOST = 7  # strengths that are tried
+_FEWEST = 2
+_SHORT, _SHORTEST = 3 / 4, 2 / 3  # of the epochs, that each is trained for: of more, of the fewest
 _NAME, _RESULT = "strength", "validation"  # in a trial
-_UNSHARED = ("swa", "ema")  # the average kept so far depends on the strength
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Validation:
 
 
 Evaluate = Callable[[Sequence[float]], Sequence[Validation | None]]
-"""Trains the runs of strengths to their ends; None of one that diverged."""
+"""Trains the runs of strengths, as far as they go; None of one that diverged."""
 
 
 @dataclass(frozen=True)
@@ -93,45 +89,37 @@ class Plan:
 
     Attributes:
         size: Strengths that are tried.
-        shared: Epochs that their runs have in common.
-        epochs: Of a whole run.
+        until: The epoch after which they are compared.
     """
 
     size: int
-    shared: int
-    epochs: int
-
-    @property
-    def trained(self) -> int:
-        """Epochs in all."""
-        return self.shared + self.size * (self.epochs - self.shared)
+    until: int
 
     def rounds(self) -> list[int]:
         """Strengths that are trained side by side: the first, then two of them, the last alone."""
         pairs, left = divmod(self.size - 2, 2)
-        return [1, *[2] * pairs, *[1] * (1 + left)] if self.size > _FEWEST else [1] * self.size
+        return [1, *[2] * pairs, *[1] * (1 + left)] if self.size > 3 else [1] * self.size
 
 
-def plan(budget: float, cost: float, epochs: int, *, shares: bool = True) -> Plan:
-    """As many strengths as can be, and of those plans the one that shares the fewest epochs.
+def plan(budget: float, cost: float, epochs: int) -> Plan:
+    """As many strengths as can be trained for three quarters of the epochs, for as many as can be.
+
+    Two of them for two thirds, where the budget pays for no more.
 
     Args:
         budget: In plain runs' time.
         cost: Of a step over that of a plain one.
         epochs: Of a run.
-        shares: Whether runs of different strengths may have their first epochs in common.
 
     Raises:
         ConfigError: If it does not pay for a choice.
     """
-    runs = budget / cost
     for size in range(_MOST, _FEWEST - 1, -1):
-        share = (_SHARED if size > _FEWEST else _MOST_SHARED) if shares else 0.0
-        shared = max(0, math.ceil(epochs * (size - runs) / (size - 1) - 1e-9))
-        if shared <= share * epochs:
-            return Plan(size, shared, epochs)
-    least = Plan(_FEWEST, math.floor(_MOST_SHARED * epochs) if shares else 0, epochs)
-    enough = math.ceil(10 * least.trained * cost / epochs - 1e-9) / 10
+        until = min(epochs, math.floor(epochs * budget / cost / size + 1e-9))
+        if until >= epochs * (_SHORT if size > _FEWEST else _SHORTEST) - 1e-9:
+            return Plan(size, until)
+    least = math.ceil(_SHORTEST * epochs - 1e-9)
+    enough = math.ceil(10 * _FEWEST * least * cost / epochs - 1e-9) / 10
     raise ConfigError(
         f"--budget {budget:g} pays for fewer than {_FEWEST} strengths, as a step takes {cost:.2g} "
         f"times that of a plain one; give at least --budget {enough:g}"
@@ -152,65 +140,37 @@ def start(config: TuneConfig) -> float:
     return float(f"{math.sqrt(low * high):.3g}")
 
 
-def shares(config: TuneConfig) -> bool:
-    """Whether runs of different strengths may have their first epochs in common."""
-    return config.tuned() not in _UNSHARED
-
-
-def shared(config: TuneConfig, epochs: int) -> PlannedRun:
-    """What the runs have in common, so many epochs of it."""
-    return _run(config, start(config), SHARED, epochs)
-
-
-def branch(config: TuneConfig, strength: float) -> PlannedRun:
-    """The run of a strength: of all but its shared epochs, or of all."""
-    return Branch(**vars(_run(config, strength, BRANCHES, config.epochs)))
-
-
 @dataclass(frozen=True)
-class Branch(PlannedRun):
-    """A run of which nothing but its loss on the validation split is asked."""
+class Tried(PlannedRun):
+    """A run that is left after an epoch, for its losses on the validation split there."""
 
     @property
     def done(self) -> bool:
-        """Whether that is there, or it has diverged."""
-        return self.diverged.is_file() or (self.folder.path / VALIDATION).is_file()
+        """Whether they are there, or it has diverged."""
+        return self.diverged.is_file() or self.folder.validation.is_file()
 
 
-def plain(config: TuneConfig) -> TrainConfig:
-    """The run without any regularizer, whose time the budget counts in."""
-    return replace(_run(config, 0.0, SHARED, 0).config, reg=["none"])
-
-
-def _run(config: TuneConfig, strength: float, place: str, until: int) -> PlannedRun:
+def planned(config: TuneConfig, strength: float, until: int) -> Tried:
+    """The run of a strength, to an epoch."""
     own = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
     others = [f"{n}={s!r}" for n, s in parse_terms(config.reg) if s is not None]
     entries = [*others, f"{config.tuned()}={strength!r}"]
     name = regularizers_name(parse_regularizers(entries, None))
     run = TrainConfig(**{**own, "reg": [name], "resume": False, "resume_or_start": False})
-    folder = default_folder(run, str(root(config) / place))
-    return PlannedRun(0, name, replace(run, out=str(folder)), until)
+    folder = default_folder(run, str(root(config) / RUNS))
+    return Tried(0, name, replace(run, out=str(folder)), until)
 
 
-def branch_from(trunk: PlannedRun, run: PlannedRun) -> None:
-    """Let a run, if it is not begun, go on from where another one is.
-
-    Raises:
-        NumericsError: If that one diverged.
-    """
-    if trunk.diverged.is_file():
-        raise NumericsError(
-            f"the run of {trunk.regularizer}, which the search begins with, diverged; give a "
-            "--range of smaller strengths"
-        )
-    branch_off(trunk.folder, run.config)
+def plain(config: TuneConfig) -> TrainConfig:
+    """The run without any regularizer, whose time the budget counts in."""
+    return replace(planned(config, start(config), 0).config, reg=["none"])
 
 
 def validation(run: PlannedRun) -> Validation | None:
     """What a run came to; None where it diverged."""
     if run.diverged.is_file():
         return None
-    return Validation(**json.loads((run.folder.path / VALIDATION).read_text()))
+    return Validation(**json.loads(run.folder.validation.read_text()))
 
 
 def settings_of(config: TuneConfig) -> dict[str, Any]:
@@ -221,7 +181,7 @@ def settings_of(config: TuneConfig) -> dict[str, Any]:
 
 def command(config: TuneConfig, strength: float) -> list[str]:
     """What trains with a strength: words behind `hesstrace`."""
-    run = replace(branch(config, strength).config, out=None)
+    run = replace(planned(config, strength, config.epochs).config, out=None)
     return arguments(run)[:-1]  # it begins
 
 
@@ -366,7 +326,7 @@ def _result(trial: FrozenTrial) -> Validation:
     return Validation(**trial.user_attrs[_RESULT])
 
 
-def trial_records(study: Study, config: TuneConfig) -> list[records.Trial]:
+def trial_records(study: Study, plan: Plan, config: TuneConfig) -> list[records.Trial]:
     """What each trial came to, in the order of their strengths."""
     done = _completed(study)
     found: list[records.Trial] = []
@@ -375,7 +335,7 @@ def trial_records(study: Study, config: TuneConfig) -> list[records.Trial]:
         above, stderr = (None, None) if diverged else _result(trial).above(_result(done[0]))
         found.append({
             "strength": strength,
-            "epochs": branch(config, strength).epochs_done() if diverged else config.epochs,
+            "epochs": planned(config, strength, 0).epochs_done() if diverged else plan.until,
             "val_loss": trial.value if not diverged else None,
             "above_best": above,
             "stderr": stderr if stderr is not None and stderr < math.inf else None,
@@ -393,9 +353,8 @@ def record(study: Study, plan: Plan, config: TuneConfig) -> dict[str, Any]:
         config: The command's.
     """
     first = start(config)
-    found, trials = chosen(study, first), trial_records(study, config)
+    found, trials = chosen(study, first), trial_records(study, plan, config)
     strength, cost = strength_of(found), study.user_attrs["step_cost"]
-    own = sum(max(0, trial["epochs"] - plan.shared) for trial in trials)
     return {
         "schema": SCHEMA,
         "regularizer": config.tuned(),
@@ -406,8 +365,8 @@ def record(study: Study, plan: Plan, config: TuneConfig) -> dict[str, Any]:
         "at_edge": strength in (trials[0]["strength"], trials[-1]["strength"]),
         "range": list(config.bounds()),
         "budget": config.budget,
-        "spent": (plan.shared + own) * cost / config.epochs,
+        "spent": sum(trial["epochs"] for trial in trials) * cost / config.epochs,
         "step_cost": cost,
-        "shared_epochs": plan.shared,
+        "run": str(planned(config, strength, plan.until).folder.path),
         "command": command(config, strength),
     }

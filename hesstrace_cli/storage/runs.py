@@ -80,6 +80,11 @@ class RunFolder:
         """One line of JSON an epoch."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def validation(self) -> Path:
+        """The losses on the validation split of a run that was left for them."""
+        return self.path / "validation.json"
+
     def summary(self) -> records.Run | None:
         """The summary of a finished run; None of an unfinished one."""
         return read_summary(self.path / "summary.json")

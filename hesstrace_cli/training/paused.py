@@ -1,4 +1,4 @@
-"""A run trained to an epoch and left there, to be gone on with to the bit, or for its loss."""
+"""A run trained to an epoch and left there, for its loss and to be gone on with to the bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from hesstrace_cli.analysis.evaluation import block_losses
 from hesstrace_cli.data import Split
 from hesstrace_cli.errors import NumericsError, Stopped
-from hesstrace_cli.storage.branches import VALIDATION
 from hesstrace_cli.storage.files import write_atomically
 from hesstrace_cli.training.run import Run
 from hesstrace_cli.training.trainer import Progress
@@ -24,8 +23,8 @@ def advance_until(
 
     Args:
         run: Its schedules are those of the whole run, wherever it is left.
-        epoch: Where to leave it; None for its end and the summary. Left after its last epoch, it
-            has its losses on the validation split written beside it, and no summary.
+        epoch: Where to leave it, its losses on the validation split written beside it; None for
+            its end and the summary.
         should_stop: As that of `Run.advance`.
 
     Yields:
@@ -41,7 +40,7 @@ def advance_until(
         return
     if run.trainer.epoch < epoch:
         yield from _advance_to(run, epoch, should_stop)
-    if epoch == run.config.epochs and run.trainer.data.val is not None:
+    if run.trainer.data.val is not None:
         _write_validation(run, run.trainer.data.val)
     run.close()
 
@@ -49,9 +48,11 @@ def advance_until(
 def _write_validation(run: Run, split: Split) -> None:
     losses, terms = block_losses(run.trainer.judged, split)
     if not all(map(math.isfinite, losses)):
-        raise NumericsError("the loss on the validation split is not finite after the last epoch")
+        raise NumericsError(
+            f"the loss on the validation split is not finite after epoch {run.trainer.epoch}"
+        )
     content = json.dumps({"losses": losses, "terms": terms})
-    write_atomically(run.folder.path / VALIDATION, content + "\n")
+    write_atomically(run.folder.validation, content + "\n")
 
 
 def _advance_to(run: Run, epoch: int, should_stop: Callable[[], int | None]) -> Iterator[Progress]:
