@@ -157,6 +157,7 @@ SLOW = (
     "compare_digits_rivals.yaml",
     "compare_digits_equal_time.yaml",
     "--equal time",
+    "--dataset text:words",
     "--dataset mnist,fashion-mnist",
 )
 
