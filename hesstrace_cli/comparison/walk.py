@@ -27,8 +27,7 @@ def next_strengths(
 
     From the best one outwards where no farther one was tried, down before up; then halfway, in the
     logarithm, between the best and its neighbours, the better of these first. Steps down are half a
-    decade, steps up a quarter: a strength too weak costs little, one too strong all, and a run that
-    began with a weaker one does not show it.
+    decade, steps up a quarter: a strength too weak costs little, one too strong all.
 
     Args:
         tried: Losses by strength; infinite where the run diverged.
