@@ -1,24 +1,16 @@
 """The settings of every command, by flags and YAML. Nothing here imports torch."""
 
-from hesstrace_cli.config.commands import (
-    SEQ_LEN,
-    TASK_NAMES,
-    TEXT,
-    WIKITEXT,
-    WORD,
+from hesstrace_cli.config.checkpoints import (
     CheckpointConfig,
-    CompareConfig,
-    DataConfig,
     EstimateConfig,
     SensitivityConfig,
     SpectrumConfig,
-    TrainConfig,
-    TuneConfig,
     VerifyConfig,
-    is_text,
 )
+from hesstrace_cli.config.data import SEQ_LEN, TASK_NAMES, TEXT, WIKITEXT, WORD, DataConfig, is_text
 from hesstrace_cli.config.fields import LARGEST, LARGEST_SHIFT, SMALLEST_SCALE, key_of, whole_number
 from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
+from hesstrace_cli.config.many_runs import CompareConfig, TuneConfig
 from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
     parse_regularizers,
@@ -27,6 +19,7 @@ from hesstrace_cli.config.regularizers import (
     usual_strength,
 )
 from hesstrace_cli.config.rows import Row, open_names
+from hesstrace_cli.config.train import TrainConfig
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.hints import did_you_mean, likely
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from hesstrace_cli.config.commands import DataConfig
 from hesstrace_cli.config.convert import convert
+from hesstrace_cli.config.data import DataConfig
 from hesstrace_cli.config.fields import key_of
 from hesstrace_cli.config.yaml_text import MOST_CHARACTERS, load_yaml, shortened
 from hesstrace_cli.errors import ConfigError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hesstrace_cli.config.commands import TASK_NAMES
+from hesstrace_cli.config import TASK_NAMES
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.tasks import TASKS
 from tests.conftest import assert_one_line_error, invoke, make_run, train_to_end
