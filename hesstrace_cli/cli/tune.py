@@ -79,9 +79,11 @@ def _report(settings: TuneConfig, record: dict[str, Any]) -> None:
     if not write_json({**record, "command": command}, settings.json):
         screen.show(tables.tuning_table(record))
     if record["at_edge"]:
+        tried = len(record["trials"])
+        which = "of two, one always is" if tried == 2 else f"of {tried}"
         screen.say(
-            f"warning: {record['strength']:g} is at an edge of what was tried; look further with "
-            "--range or a larger --budget, and another --out"
+            f"warning: {record['strength']:g} is at an edge of what was tried ({which}); look "
+            "further with --range or a larger --budget, and another --out"
         )
     screen.say(f"train with: {command}")
 
