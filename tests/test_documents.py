@@ -21,8 +21,8 @@ from hesstrace_cli.models import BUILT_IN
 from tests.conftest import invoke
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(file.read_text() for file in TEXTS)
 SCRIPTS = sorted((ROOT / "sample_configs").rglob("*.sh"))
 CONFIGS = sorted((ROOT / "sample_configs").rglob("*.yaml"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -336,12 +336,13 @@ def test_files_named_in_the_documents_exist():
         named = re.findall(
             r"(?:docs|benchmarks|sample_configs|tests)/[\w/.-]*\w\.(?:md|py|sh|yaml)", text
         )
-        named += [f"docs/{path}" for path in re.findall(r"\]\((img/[^)]+)\)", text)]
         missing = [path for path in named if not (ROOT / path).exists()]
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        missing += [link for link in links if not (file.parent / link).exists()]
         assert not missing, f"{file.name}: {missing}"
 
 
-# What the README says of models and data
+# What the documents say of models and data
 
 
 def settings_of(factory):
@@ -353,8 +354,8 @@ def settings_of(factory):
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def test_the_readme_lists_the_models_arguments():
-    rows = dict(re.findall(r"^\| (`[a-z].*?`) \| (.*?) \|$", README, re.M))
+def test_the_models_arguments_are_listed():
+    rows = dict(re.findall(r"^\| (`[a-z].*?`) \| (.*?) \|$", TEXT, re.M))
     said = {}
     for names, arguments in rows.items():
         for name in re.findall(r"`([a-z0-9-]+)`", names):
@@ -363,14 +364,14 @@ def test_the_readme_lists_the_models_arguments():
     assert said == {name: settings_of(factory) for name, factory in BUILT_IN.items()}
 
 
-def python_in_readme(containing):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+def python_with(containing):
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     return next(block for block in blocks if containing in block)
 
 
-def test_the_readmes_factories_work(tmp_path, monkeypatch):
+def test_the_factories_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(python_in_readme("def build("))
+    (tmp_path / "mine.py").write_text(python_with("def build("))
     result = invoke("train", "--model", "mine.py:build", "--dataset", "mine.py:data",
                     "--model-arg", "width=3", "--epochs", "1", "--out", "run")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -378,17 +379,17 @@ def test_the_readmes_factories_work(tmp_path, monkeypatch):
     assert any(3 in value.shape for value in state.values())
 
 
-def test_the_readmes_regularizer_works(tmp_path, monkeypatch):
+def test_the_regularizer_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(python_in_readme("class LogitNorm"))
+    (tmp_path / "mine.py").write_text(python_with("class LogitNorm"))
     flags = shlex.split(FLAGS["train"])
     result = invoke("train", "--reg", "mine.py:LogitNorm=0.01", *flags, "--out", "run")
     assert result.exit_code == 0, result.output
 
 
-def test_the_readmes_array_keys(tmp_path):
+def test_the_array_keys(tmp_path):
     """Each key is needed, and the layouts that are named are taken."""
-    keys = re.search(r"`FILE.npz` with the arrays (.*?):", README, re.S)
+    keys = re.search(r"`FILE.npz` with the arrays (.*?):", TEXT, re.S)
     assert keys is not None
     keys = re.findall(r"`(\w+)`", keys[1])
     g, y = np.random.default_rng(0), np.arange(6) % 2
