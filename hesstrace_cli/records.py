@@ -487,6 +487,7 @@ class EqualTime(TypedDict):
     """`equal_time.json` of a comparison."""
 
     epochs: int
+    settings: NotRequired[dict[str, object]]
     rows: list[RowOfEqualTime]
 
 

@@ -83,6 +83,7 @@ def test_every_setting_is_compared(tmp_path, item):
     else:
         assert grouped(one, other, third) == [["none", "trace=1.0"], ["trace=1.0"]]
     assert len(grouped(one, a_run(tmp_path / "d", "trace=1.0", seed=3, device="cuda"))) == 1
+    assert len(grouped(one, a_run(tmp_path / "e", "trace=1.0", label_noise=0.0))) == 1
 
 
 def test_runs_of_other_settings_are_compared_apart(tmp_path):

@@ -121,6 +121,9 @@ def test_plan_is_the_whole_grid():
         ({"tune": ["trace"], "reg": ["trace"]}, "NAME=V1"),
         ({"tune": ["trace=a:b"], "reg": ["trace"]}, "'a'"),
         ({"tune": ["trace=0.1:0.2"], "reg": ["trace"], "val_fraction": 0}, "validation"),
+        ({"tune": ["trace=0.1:0.2"], "reg": ["trace,val-fraction=0"]}, "val-fraction=0 has none"),
+        ({"tune": ["val-fraction=0.1:0.2"], "reg": ["val-fraction"]}, "every val-fraction has"),
+        ({"tune": ["train-examples=50:60"], "reg": ["train-examples"]}, "train-examples has"),
         ({"reg": ["trace=0.1", "trace"], "lambda_": 0.1}, "same"),
     ],
 )

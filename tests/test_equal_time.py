@@ -13,6 +13,7 @@ import torch
 from hesstrace_cli.config import TrainConfig, resolve
 from hesstrace_cli.training import cost
 from tests.conftest import TINY, assert_one_line_error, invoke
+from tests.test_collected import a_run, grouped
 
 FLAGS = (
     *TINY, "--equal", "time", "--seeds", "0", "--reg", "none", "--reg", "trace", "--reg",
@@ -81,11 +82,49 @@ def test_a_plan_has_the_epochs_and_what_was_measured_holds(measured, tmp_path):
     assert_one_line_error(more, 2, "equal_time.json", "has no sam=0.05", "another --out")
     longer = invoke("compare", *FLAGS, "--out", out, "--epochs", "7")
     assert_one_line_error(longer, 2, "is of --epochs 1")
+    larger = invoke("compare", *FLAGS, "--out", out, "--batch-size", "90", "--plan")
+    assert_one_line_error(larger, 2, "is of --batch-size 32")
     assert len(measured) == 1
     (out / "equal_time.json").write_text("{")
     assert_one_line_error(invoke("compare", *FLAGS, "--out", out), 2, "is damaged")
     own = invoke("compare", *FLAGS, "--reg", "epochs=3", "--out", tmp_path / "d")
     assert_one_line_error(own, 2, "the row epochs=3 has epochs of its own")
+
+
+def test_a_folder_is_of_one_kind(measured, tmp_path):
+    """Else runs of equal epochs would be said to have the same time, or the other way round."""
+    by_time, by_epochs = tmp_path / "t", tmp_path / "e"
+    flags = (*TINY, "--seeds", "0", "--reg", "none", "--out")
+    assert invoke("compare", *flags, by_time, "--equal", "time", "--plan").exit_code == 0
+    for more in ((), ("--plan",)):
+        refused = invoke("compare", *flags, by_time, *more)
+        assert_one_line_error(refused, 2, "is a comparison of equal time", "another --out")
+    (by_epochs / "runs").mkdir(parents=True)
+    refused = invoke("compare", *flags, by_epochs, "--equal", "time")
+    assert_one_line_error(refused, 2, "is a comparison of equal epochs", "another --out")
+    assert not (by_epochs / "equal_time.json").exists()
+    assert len(measured) == 1
+
+
+def test_runs_of_other_times_are_compared_apart(tmp_path, monkeypatch):
+    runs = []
+    for name, epochs, slowest in (("a", 60, "sam=0.05"), ("b", 6, "sam=0.05"), ("c", 60, "nso=1")):
+        rows = [{"dataset": "digits", "model": "small-cnn", "regularizer": row, "epochs": own,
+                 "seconds_per_epoch": 60 / own}
+                for row, own in (("none", 2 * epochs), (slowest, epochs))]  # fmt: skip
+        folder = tmp_path / name
+        runs += [a_run(folder / f"runs/{row['regularizer']}", row["regularizer"],
+                       epochs=row["epochs"]) for row in rows]  # fmt: skip
+        runs.append(a_run(folder / "runs/other", epochs=7))  # not by this file
+        content = {"epochs": epochs, "rows": rows}
+        (folder / "equal_time.json").write_text(json.dumps(content))
+    assert grouped(*runs) == [
+        ["none", "sam=0.05"], ["none"] * 3, ["none", "sam=0.05"], ["none", "nso=1"],
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path / "a/runs")  # the file is found from there, too
+    assert grouped(*({**run, "folder": run["regularizers"]} for run in runs[:2])) == [
+        ["none", "sam=0.05"]
+    ]
 
 
 def test_a_row_that_diverges_at_once_keeps_its_epochs(monkeypatch, tmp_path):

@@ -58,7 +58,17 @@ def test_a_setting_in_a_row_is_the_runs(entry, name, field, value):
         ("every=1.5", "expected a whole number"),
         ("weight-decay", "weight-decay=VALUE"),
         ("weight-decay=1,weight-decay=2", "twice"),
-        ("weight-decy=1", "weight-decay=0.001"),
+        ("weight-decy=1", "did you mean 'weight-decay'"),
+        ("weight_decay=1", "did you mean 'weight-decay'"),
+        ("wd=1", "did you mean 'weight-decay'"),
+        ("dropuot=0.1", "did you mean dropout=0.1"),
+        ("class-weights=balanced", "class-weights cannot be a row's own"),  # another loss
+        ("ignore-index=3", "ignore-index cannot be a row's own"),
+        ("task=regression", "task cannot be a row's own"),
+        ("vocab-size=9", "vocab-size cannot be a row's own"),
+        ("train-tokens=9", "train-tokens cannot be a row's own"),
+        ("tokens=char", "tokens cannot be a row's own"),
+        ("data-dir=d", "data-dir cannot be a row's own"),
         ("seed=3", "seed cannot be a row's own"),
         ("schedule=none", "expected one of"),
         ("nesterov=true,momentum=0", "--nesterov is a form"),
@@ -206,6 +216,9 @@ def test_what_is_at_an_edge():
         "weight-decay=0.01 of sam=0.1,weight-decay=0.01, the least of 0.01 to 0.1",
     ]
     assert edges("trace=0.1", "trace=0.1") == ["trace=0.1, the least of 0.1 to 0.3"]
+    settings = config(reg=["nesterov"], tune=["nesterov=true:false"], seeds=[0])
+    runs = {run.regularizer: run for run in grid.plan(settings)}
+    assert edges("nesterov=true") == []  # no number
 
 
 def test_seeds_to_tune_by_are_some_of_the_seeds():

@@ -182,6 +182,8 @@ def test_a_budget_pays_for_what_it_says():
         ({"reg": ["trace=0.1"]}, "one regularizer"),
         ({"reg": ["trace", "sam"]}, "trace, sam"),
         ({"reg": ["none"]}, "one regularizer"),
+        ({"reg": ["trace,weight-decay=0.1"]}, "give --weight-decay beside it"),
+        ({"reg": ["weight-decay"]}, "compare --tune weight-decay="),
         ({"range": "1"}, "LOW:HIGH"),
         ({"range": "1:0.1"}, "LOW:HIGH"),
         ({"range": "0:1"}, "LOW:HIGH"),

@@ -54,9 +54,10 @@ def compare(
     warn_of_unused(settings, names)
 
     with screen.doing("loading"):
-        from hesstrace_cli.comparison import grid
+        from hesstrace_cli.comparison import equal_time, grid
 
     runs = grid.plan(settings)
+    equal_time.check_folder(grid.root(settings), equal=settings.equal)
     if settings.plan and settings.equal == "epochs":
         _print_plan(settings, runs)
         return

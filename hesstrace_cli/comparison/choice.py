@@ -78,9 +78,9 @@ def at_edge(config: CompareConfig, chosen: Iterable[PlannedRun]) -> list[str]:
         (row,) = (row for row in rows[entry] if row.name == name)
         for key in sorted(open_names(config.reg[entry], TrainConfig)):
             tried = [_value(each, key) for each in rows[entry]]
-            numbers = [v for v in tried if isinstance(v, int | float)]
+            numbers = [v for v in tried if isinstance(v, int | float) and not isinstance(v, bool)]
             own = _value(row, key)
-            if len({*numbers}) > 1 and own in (min(numbers), max(numbers)):
+            if len(numbers) > 1 and own in (min(numbers), max(numbers)):
                 which = "least" if own == min(numbers) else "most"
                 of = "" if name == f"{key}={own:g}" else f" of {name}"
                 found.append(

@@ -15,14 +15,64 @@ from pathlib import Path
 from typing import Any
 
 from hesstrace_cli import records
+from hesstrace_cli.comparison.found import PLANNED
 from hesstrace_cli.comparison.grid import PlannedRun
 from hesstrace_cli.config import TrainConfig, key_of
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.paths import is_there
 from hesstrace_cli.storage.files import write_atomically
 from hesstrace_cli.storage.records import EQUAL_TIME, read_equal_time
+from hesstrace_cli.storage.resume import PLACE
 
 Cell = tuple[str, str, str]
 """Data set, model and row."""
+
+_OF_A_RUN = (*PLACE, "dataset", "model", "reg", "lambda_", "seed", "epochs")
+
+
+def check_folder(folder: Path, *, equal: str) -> None:
+    """Make sure that a comparison's folder holds no runs that got something else.
+
+    Args:
+        folder: Where it is, or will be.
+        equal: What all rows get, "epochs" or "time".
+
+    Raises:
+        ConfigError: If it does.
+    """
+    by_time = is_there(folder / EQUAL_TIME)
+    if equal == "epochs" and by_time:
+        raise ConfigError(
+            f"{str(folder)!r} is a comparison of equal time; go on with --equal time, or choose "
+            "another --out"
+        )
+    if (
+        equal == "time"
+        and not by_time
+        and (is_there(folder / PLANNED) or is_there(folder / "runs"))
+    ):
+        raise ConfigError(
+            f"{str(folder)!r} is a comparison of equal epochs; --equal time takes another --out"
+        )
+
+
+def time_of(run: Path, config: TrainConfig) -> str | None:
+    """Whose time a run in a comparison of equal time has, in words; None of any other run.
+
+    Args:
+        run: Its folder.
+        config: Its settings.
+    """
+    kept = read_equal_time(run.resolve().parent.parent)
+    if kept is None:
+        return None
+    rows = [row for row in kept["rows"]
+            if (row["dataset"], row["model"]) == (config.dataset, config.model)]  # fmt: skip
+    own = {row["regularizer"]: row["epochs"] for row in rows}
+    if own.get(config.row().name) != config.epochs:
+        return None
+    slowest = max(rows, key=lambda row: row["seconds_per_epoch"] or 0.0)
+    return f"for the time of {kept['epochs']} of {slowest['regularizer']}"
 
 
 def cell_of(run: PlannedRun) -> Cell:
@@ -64,14 +114,22 @@ def epochs_kept(folder: Path, runs: Sequence[PlannedRun]) -> dict[Cell, int] | N
     epochs = {
         (row["dataset"], row["model"], row["regularizer"]): row["epochs"] for row in kept["rows"]
     }
-    missing = [cell for cell in map(cell_of, runs) if cell not in epochs]
-    if missing or any(run.config.epochs != kept["epochs"] for run in runs):
-        what = f"has no {missing[0][-1]}" if missing else f"is of --epochs {kept['epochs']}"
+    missing = [f"has no {cell[-1]}" for cell in map(cell_of, runs) if cell not in epochs]
+    now = {"epochs": runs[0].config.epochs, **_settings_of(runs[0])}
+    before = {"epochs": kept["epochs"], **kept.get("settings", {})}
+    differ = [f"is of --{k} {v}" for k, v in before.items() if k in now and now[k] != v]
+    if missing or differ:
         raise ConfigError(
-            f"{str(folder / EQUAL_TIME)!r} {what}: times are measured for all rows at once, before "
-            "the first run; choose another --out for these"
+            f"{str(folder / EQUAL_TIME)!r} {[*missing, *differ][0]}: times are measured for all "
+            "rows at once, before the first run; choose another --out for these"
         )
     return epochs
+
+
+def _settings_of(run: PlannedRun) -> dict[str, Any]:
+    """What all runs have in common, by key."""
+    names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in _OF_A_RUN]
+    return {key_of(name): getattr(run.config, name) for name in names}
 
 
 def write_epochs(
@@ -96,7 +154,11 @@ def write_epochs(
             "dataset": dataset, "model": model, "regularizer": name,
             "seconds_per_epoch": own, "epochs": max(1, round(run.config.epochs * stretch)),
         }  # fmt: skip
-    content: records.EqualTime = {"epochs": runs[0].config.epochs, "rows": [*rows.values()]}
+    content: records.EqualTime = {
+        "epochs": runs[0].config.epochs,
+        "settings": _settings_of(runs[0]),
+        "rows": [*rows.values()],
+    }
     write_atomically(folder / EQUAL_TIME, json.dumps(content, indent=2) + "\n")
     return {cell: row["epochs"] for cell, row in rows.items()}
 

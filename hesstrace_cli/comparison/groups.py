@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hesstrace_cli.comparison.equal_time import time_of
 from hesstrace_cli.comparison.found import Found, Summary, settings_of
 from hesstrace_cli.config import TrainConfig, key_of
 from hesstrace_cli.reporting.apart import differing, key
-from hesstrace_cli.storage.records import is_of_equal_time, task_name
+from hesstrace_cli.storage.records import task_name
 from hesstrace_cli.storage.resume import PLACE
 
 _ROW = ("reg", "lambda_", "seed")
@@ -54,8 +55,8 @@ def _described(run: Summary) -> dict[str, Any]:
         if item.name not in (*PLACE, *_ROW):
             is_own = item.metadata["panel"] == _TRACE
             (own if is_own else settings)[key_of(item.name)] = getattr(config, item.name)
-    if is_of_equal_time(Path(run["folder"])):
-        settings["epochs"] = "for equal time"
+    settings["epochs"] = time_of(Path(run["folder"]), config) or config.epochs
+    settings["label-noise"] = config.label_noise or None  # none is no noise
     if "test_loss" in run:  # what auto took, which is another where the data have changed
         settings["task"] = task_name(run)
     own = own if {"trace", "trace-held"} & strengths.keys() else {}

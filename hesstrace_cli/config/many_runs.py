@@ -18,6 +18,8 @@ from hesstrace_cli.config.train import TrainConfig
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 
+_OF_THE_SPLIT = ("val-fraction", "train-examples")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(TrainConfig):
@@ -100,6 +102,12 @@ class CompareConfig(TrainConfig):
         choices = parse_tune(self.tune, TrainConfig)
         if choices and not self.val_fraction:
             raise ConfigError("--tune chooses on the validation split; --val-fraction is 0")
+        splits = [key for key in _OF_THE_SPLIT if key in choices]
+        if splits:
+            raise ConfigError(
+                f"--tune chooses on the validation split, and every {splits[0]} has another; give "
+                f"rows, --reg {splits[0]}=VALUE"
+            )
         rows = [
             tuned_rows(entry, self.lambda_ if taken else None, choices, TrainConfig)
             for entry, taken in zip(self.reg, takes, strict=True)
@@ -108,6 +116,11 @@ class CompareConfig(TrainConfig):
         if set(choices) - tuned:
             missing = ", ".join(sorted(set(choices) - tuned))
             raise ConfigError(f"--tune names {missing}, but no --reg has it without a strength")
+        for row in (row for candidates in rows if len(candidates) > 1 for row in candidates):
+            if not row.settings.get("val_fraction", self.val_fraction):
+                raise ConfigError(
+                    f"--tune chooses on the validation split, and the row {row.name} has none"
+                )
         names = [row.name for candidates in rows for row in candidates]
         if len(set(names)) < len(names):
             raise ConfigError(f"two rows are the same: {', '.join(names)}")
@@ -150,7 +163,15 @@ class TuneConfig(TrainConfig):
         Raises:
             ConfigError: If there is not one alone.
         """
-        names = [name for name, strength in parse_terms(self.reg) if strength is None]
+        regularizers, settings = split(",".join(self.reg), TrainConfig)
+        if settings:
+            key = next(iter(settings))
+            raise ConfigError(
+                f"tune looks for the strength of a regularizer, and {key} is a setting: give "
+                f"--{key} beside it; values of a setting are chosen from by compare --tune "
+                f"{key}=V1:V2:..."
+            )
+        names = [name for name, strength in parse_terms([regularizers]) if strength is None]
         if len(names) != 1:
             given = ", ".join(names) or "none"
             raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from hesstrace_cli.config.convert import convert
 from hesstrace_cli.config.fields import key_of
 from hesstrace_cli.config.regularizers import (
+    REGULARIZERS,
     parse_regularizers,
     parse_strengths,
     parse_terms,
@@ -23,10 +24,13 @@ from hesstrace_cli.config.regularizers import (
 )
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.hints import likely
 
 _OF_NO_ROW = (
     "reg", "lambda_", "seed", "out", "resume", "resume_or_start", "dataset", "model", "model_arg",
     "mean", "std",
+    # What losses and metrics are of: rows with others could not be compared.
+    "data_dir", "task", "class_weights", "ignore_index", "tokens", "vocab_size", "train_tokens",
 )  # fmt: skip
 _BOOL = {"true": True, "false": False}
 
@@ -89,12 +93,25 @@ def split(entry: str, config_class: type[Any]) -> tuple[str, dict[str, str | Non
                 f"--reg has {shortened(part.strip())}: {key} cannot be a row's own; give --{key}"
             )
         if key not in _keys(config_class):
+            _refuse_misspelt(key, part, config_class)
             others.append(part)
             continue
         if key in settings:
             raise ConfigError(f"--reg has the setting {key} twice: {shortened(entry)}")
         settings[key] = text if equals else None
     return ",".join(others) or "none", settings
+
+
+def _refuse_misspelt(key: str, part: str, config_class: type[Any]) -> None:
+    """Refuse what is no regularizer's name, and nearest to a setting's."""
+    keys = _keys(config_class)
+    if key in ("none", *REGULARIZERS) or ":" in part:
+        return
+    near = likely(key, ("none", *REGULARIZERS, *keys))
+    if near in keys:
+        raise ConfigError(
+            f"no regularizer or setting is called {shortened(key)}; did you mean {near!r}?"
+        )
 
 
 def parse_row(entries: Sequence[str], lambda_: float | None, config_class: type[Any]) -> Row:

@@ -103,13 +103,14 @@ _SUMMARY = _record(
 )  # fmt: skip
 _DIVERGED = _record(_PLACE, {"reason": _TEXT})
 _CHOSEN = _record({"by": _list_of(_TEXT), "runs": _list_of(_TEXT)}, {"at_edge": _list_of(_TEXT)})
-_EQUAL_TIME = _record({
-    "epochs": _WHOLE,
-    "rows": _list_of(_record({
-        "dataset": _TEXT, "model": _TEXT, "regularizer": _TEXT, "epochs": _WHOLE,
-        "seconds_per_epoch": _or_null(_POSITIVE),
-    })),
+_ROW_OF_EQUAL_TIME = _record({
+    "dataset": _TEXT, "model": _TEXT, "regularizer": _TEXT, "epochs": _WHOLE,
+    "seconds_per_epoch": _or_null(_POSITIVE),
 })  # fmt: skip
+_EQUAL_TIME = _record(
+    {"epochs": _WHOLE, "rows": _list_of(_ROW_OF_EQUAL_TIME)},
+    {"settings": _kind("a mapping", lambda value: isinstance(value, dict))},
+)
 _EPOCH = _record(
     {"epoch": _WHOLE, "train_loss": _MAYBE},
     {"val_accuracy": _MAYBE, "val_loss": _MAYBE, "val_metrics": _or_null(_METRICS)},
@@ -228,11 +229,6 @@ def read_equal_time(folder: Path) -> records.EqualTime | None:
     if not is_there(file):
         return None
     return _checked(_read(file), _EQUAL_TIME, file, "remove it and its runs")
-
-
-def is_of_equal_time(run: Path) -> bool:
-    """Whether the epochs of the run in a folder were chosen by the comparison around it."""
-    return is_there(run.parent.parent / EQUAL_TIME)
 
 
 def read_epochs(file: Path) -> list[records.Epoch]:
