@@ -543,6 +543,7 @@ class Row(TypedDict):
 
     regularizer: str
     strengths: dict[str, float]
+    row_settings: dict[str, object]
     group: int
     settings: dict[str, object]
     dataset: str

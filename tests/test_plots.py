@@ -143,6 +143,15 @@ def test_collapsed_networks_are_named_and_hide_no_others(tmp_path):
     assert len(axes.collections) == 1
 
 
+def test_names_that_differ_where_they_are_cut_are_whole():
+    several = [
+        f"trace=0.01,draw={draw},keep-prob=0.25,num-probes=2" for draw in ("signs", "labels")
+    ]
+    for names in (several, [*several, "none"]):
+        assert len({*plots.drawn_names(names)}) == len(names)
+    assert plots.drawn_names([several[0], "none"])[0] != several[0]  # cut
+
+
 def test_titles_and_legends_are_short():
     long = "a-very-long-name-of-somebody-s-run/" * 6
     one = [a_record(long, 1, per_layer=[{"name": long, "num_parameters": 1, "trace": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_they_are_rows_of_one_table(compared):
     assert rows[2]["difference_to_none"]["test_loss"]["mean"] is not None
     (folder,) = rows[2]["runs"]
     assert json.loads((Path(folder) / "summary.json").read_text())["epochs"] == 2
+    lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    decays = [line["setting weight-decay"] for line in lines]
+    assert decays == ["0.0005", chosen[1].partition("=")[2], "0.0005"]
+    assert [line["setting optimizer"] for line in lines] == ["sgd", "sgd", "adamw"]
+    assert [line["setting epochs"] for line in lines] == ["1", "1", "2"]
+    assert rows[2]["row_settings"] == {"optimizer": "adamw", "epochs": 2}
     for said in (result.stderr, (out / "results.md").read_text()):
         assert "Strengths are chosen by loss on validation." in said
     assert json.loads((out / "results.json").read_text())["chosen_by"] == ["loss"]

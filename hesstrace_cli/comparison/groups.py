@@ -22,7 +22,7 @@ _TRACE = "Trace penalty"  # the panel of its settings
 
 
 def with_settings(found: Found) -> Found:
-    """The runs, each with its `settings` (by key, without the row's), `strengths` and row's name.
+    """The runs, each with its `settings` (by key), `strengths`, `row_settings` and row's name.
 
     A run that is planned and not begun has those of one that is, of the same comparison.
 
@@ -48,7 +48,8 @@ def _described(run: Summary) -> dict[str, Any]:
     if "comparison" in run:
         return {**run, "own": {}}
     config = settings_of(Path(run["folder"]))
-    strengths = config.row().strengths
+    row = config.row()
+    strengths = row.strengths
     own: dict[str, object] = {}
     settings: dict[str, object] = {}
     for item in dataclasses.fields(TrainConfig):
@@ -60,7 +61,9 @@ def _described(run: Summary) -> dict[str, Any]:
     if "test_loss" in run:  # what auto took, which is another where the data have changed
         settings["task"] = task_name(run)
     own = own if {"trace", "trace-held"} & strengths.keys() else {}
-    return {**run, "settings": settings, "own": own, "strengths": strengths}
+    of_row = {key_of(name): value for name, value in row.settings.items()}
+    return {**run, "settings": settings, "own": own, "strengths": strengths,
+            "row_settings": of_row}  # fmt: skip
 
 
 def _of_another(run: Summary, runs: Iterable[Summary]) -> dict[str, object]:

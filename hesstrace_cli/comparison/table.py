@@ -175,12 +175,12 @@ def _group(
             else math.sqrt(sum(e**2 for e in errors)) / len(own)
         )  # fmt: skip
         compared = "none" in names and name != "none"
+        of_row = (s for s in members if s["regularizers"] == name and "strengths" in s)
+        begun = next(of_row, {})
         row = {
             "regularizer": name,
-            "strengths": next(
-                (s["strengths"] for s in members if s["regularizers"] == name and "strengths" in s),
-                {},
-            ),
+            "strengths": begun.get("strengths", {}),
+            "row_settings": begun.get("row_settings", {}),
             "dataset": dataset,
             "model": model,
             "task": None if task is None else task.name,
@@ -272,7 +272,12 @@ def _name_winners(
 def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     """Write `results.json`, `results.csv` and `results.md`."""
     table = io.StringIO()
-    lines = [_flat(row) for row in comparison["rows"]]
+    own = dict.fromkeys(key for row in comparison["rows"] for key in row["row_settings"])
+    groups = comparison["settings"]
+    lines = [
+        _flat(row, {key: groups[row["group"]].get(key) for key in own})
+        for row in comparison["rows"]
+    ]
     head = dict.fromkeys(name for line in lines for name in line)
     writer = csv.DictWriter(table, list(head), lineterminator="\n")
     writer.writeheader()
@@ -282,8 +287,13 @@ def write(folder: Path, comparison: Mapping[str, Any], markdown: str) -> None:
     write_atomically(folder / "results.md", markdown)
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `results.csv`: what a row is of, its figures, its differences to `none`."""
+def _flat(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `results.csv`: what a row is of, its figures, its differences to `none`.
+
+    Args:
+        row: Of the comparison's record.
+        settings: Its group's, which some rows have of their own.
+    """
     line = {name: row[name] for name in _FIRST}
     measures = {m: row[m] for m in MEASURES}
     measures |= {m: own for m, own in row["metrics"].items() if measure_of(m) not in MEASURES}
@@ -299,7 +309,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
                  f"{m}_minus_none_p_holm": found.get("p_holm")}  # fmt: skip
     line |= {name: row[name] for name in _LAST}
     line |= {f"strength {name}": value for name, value in row["strengths"].items()}
-    line |= {f"setting {name}": value for name, value in row["settings"].items()}
+    settings = {**settings, **row["settings"], **row["row_settings"]}
+    line |= {f"setting {name}": value for name, value in settings.items()}
     return {for_csv(k): for_csv(v) if isinstance(v, str) else v for k, v in line.items()}
 
 

@@ -13,6 +13,7 @@ from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.distributed.parallel import Ranks
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.randomness import random_state_kept, set_random_state
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Step:
             the batch has one part.
         end: The state that a recurrent model ended with, shape (N, ...); None where none is
             carried.
+        random: The state of the device's default generator in front of the ordinary forward pass;
+            None where it is not known.
     """
 
     objective: Objective
@@ -96,6 +99,7 @@ class Step:
     state: Tensor
     gathered: Mapping[str, list[Tensor]] | None = None
     end: Tensor | None = None
+    random: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -111,11 +115,16 @@ class Step:
     def loss_at(self, shift: dict[str, Tensor]) -> Tensor:
         """The loss at other parameters, w + shift; running statistics stay as they are.
 
+        The same function of the parameters as that of the ordinary pass: with its Dropout's masks.
         For first derivatives only: the model runs its own operations.
         """
-        objective = self.objective
+        objective, device = self.objective, self.outputs.device
         moved = {name: p + shift[name] for name, p in objective.params.items()}
-        return objective.task.loss(native_outputs(objective.model, self.X, moved), self.targets)
+        with random_state_kept():
+            if self.random is not None:
+                set_random_state(self.random, device)
+            outputs = native_outputs(objective.model, self.X, moved)
+        return objective.task.loss(outputs, self.targets)
 
 
 @dataclass(frozen=True)

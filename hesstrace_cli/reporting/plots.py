@@ -93,8 +93,11 @@ def drawn(name: str) -> str:
 
 
 def drawn_names(names: Sequence[str]) -> list[str]:
-    """Names beside each other: without what all have in common."""
-    return list(map(drawn, shortened(names)))
+    """Names beside each other: without what all have in common, whole where cut ones are alike."""
+    whole = shortened(names)
+    cut = list(map(drawn, whole))
+    return [for_plot(name) if cut.count(own) > 1 else own
+            for name, own in zip(whole, cut, strict=True)]  # fmt: skip
 
 
 FORMATS = (".png", ".pdf", ".svg")

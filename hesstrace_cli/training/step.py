@@ -204,6 +204,7 @@ class Stepper:
         if self.norms is not None:
             self.norms.weight = float(batch.part.share > 0)
         args, kwargs = arguments_of(batch.X)
+        state = random_state(batch.X.device)
         with torch.set_grad_enabled(not self._is_given(index, progress)):
             if self.order > 1:
                 by_example = any(regularizer.by_example for regularizer in self.regularizers)
@@ -221,6 +222,7 @@ class Stepper:
         return Step(
             objective, batch.X, batch.targets, outputs, loss, batch.part, index, progress,
             batch.generator, batch.state, end=given["state"] if "state" in kwargs else None,
+            random=state,
         )  # fmt: skip
 
     def _is_given(self, index: int, progress: float) -> bool:

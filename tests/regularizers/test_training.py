@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hesstrace_cli.autodiff.graph import gradient
+from hesstrace_cli.config import TrainConfig
 from hesstrace_cli.errors import Stopped
+from hesstrace_cli.regularizers.grad_norm_fd import FiniteDifferenceGradientNorm
 from hesstrace_cli.regularizers.jacobian import jacobian_sample
 from hesstrace_cli.tasks import Classification
+from hesstrace_cli.training.trainer import Trainer
 from tests.conftest import make_run, train_to_end
 
 
@@ -115,3 +120,22 @@ def test_a_users_own(tmp_path, plain):
     mine = train_to_end(tmp_path / "b", reg=f"{file}:LogitNorm=0.1,trace=0.001", **SETTINGS)
     norms = [outputs(run)[2].square().mean() for run in (mine, plain)]
     assert norms[0] < norms[1] / 2
+
+
+def test_a_difference_is_of_one_function_where_the_model_drops(monkeypatch):
+    """With other masks at w + epsilon g it would be theirs, over epsilon."""
+    found = []
+    term = FiniteDifferenceGradientNorm.term
+
+    def spied(self, step):
+        grad = gradient(step.loss, step.objective.params).values()
+        found.append((term(self, step).value.item(), sum(g.square().sum().item() for g in grad)))
+
+    monkeypatch.setattr(FiniteDifferenceGradientNorm, "term", spied)
+    settings = {"train_examples": 100, "model": "mlp", "fd_step": 0.01}
+    trainer = Trainer.of(TrainConfig(**settings, reg=["dropout=0.5,grad-norm-fd=0.1"]))
+    for _ in itertools.islice(trainer.advance(), 3):
+        pass
+    assert len(found) == 3
+    for value, squared in found:
+        assert value == pytest.approx(squared, rel=0.05)
