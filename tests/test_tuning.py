@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from hesstrace_cli import records
 from hesstrace_cli.comparison import tuning
 from hesstrace_cli.comparison.tuning import Validation
-from hesstrace_cli.config import TuneConfig, resolve
+from hesstrace_cli.config import TuneConfig, resolve, scale_of
 from hesstrace_cli.errors import ConfigError, NumericsError
 from tests.conftest import TINY, assert_one_line_error, invoke
 from tests.test_records import check
@@ -167,6 +167,10 @@ def test_a_budget_pays_for_what_it_says():
         assert plan == tuning.Plan(size, until)
         assert sum(plan.rounds()) == size
         assert size * until * cost / EPOCHS <= budget
+    assert tuning.plan(5, 1.0, EPOCHS) == tuning.Plan(6, 37)
+    assert tuning.plan(5, 1.0, EPOCHS, whole=True) == tuning.Plan(5, EPOCHS)
+    with pytest.raises(ConfigError, match=r"give at least --budget 4"):
+        tuning.plan(3, 2.0, EPOCHS, whole=True)
     with pytest.raises(ConfigError, match=r"give at least --budget 2\.7"):
         tuning.plan(1, 2.0, EPOCHS)
     assert tuning.plan(2.7, 2.0, EPOCHS) == tuning.Plan(2, 30)
@@ -200,6 +204,57 @@ def test_what_cannot_be_searched(settings, words):
             file.write("class Own:\n    default = None\n")
     with pytest.raises(ConfigError, match=words):
         resolve(TuneConfig, settings, None)
+
+
+def test_what_acts_late_is_compared_at_the_end():
+    """Three quarters on, an average of the last quarter has not begun: all would be alike."""
+    for reg, until in (("swa", 45), ("trace,swa=0.25", 45), ("sam", 37)):
+        asked = resolve(TuneConfig, {"reg": [reg], "epochs": EPOCHS}, None)
+        assert tuning.plan_of(asked, 1.0).until == until
+
+
+@pytest.mark.parametrize(
+    ("reg", "bounds", "strengths"),
+    [
+        # By the steps that the mean is about of: 100, 31.6, 178, 10, 3.16.
+        ("ema", (0.2, 0.9999), [[0.99], [0.968354, 0.994382], [0.9], [0.68354]]),
+        ("cutout", (1, 800), [[8], [3, 14], [1], [2]]),
+    ],
+)
+def test_strengths_of_other_scales(tmp_path, reg, bounds, strengths):
+    asked = resolve(TuneConfig, {"reg": [reg]}, None)
+    scale, asked_for = scale_of(reg), []
+    assert asked.bounds() == pytest.approx(bounds)
+
+    def evaluate(some):
+        asked_for.append([float(f"{s:.6g}") for s in some])
+        for s in some:
+            assert scale.strength(scale.place(s)) == s  # to be known again
+        far = [scale.distance(s, strengths[2][0]) for s in some]
+        return [Validation([x**2, x**2 + 1], [3, 1]) for x in far]
+
+    study = tuning.open_study(tmp_path, {}, lambda: 1.0)
+    plan = tuning.Plan(5, EPOCHS)
+    tuning.search(study, plan, asked.bounds(), tuning.start(asked), evaluate, scale)
+    assert asked_for == strengths
+    best = tuning.chosen(study, tuning.start(asked), scale)
+    assert tuning.strength_of(best) == strengths[2][0]
+
+
+def test_a_spacing_that_there_is_not():
+    with pathlib.Path("mine.py").open("w") as file:
+        file.write("class Own:\n    default = 1.0\n    spacing = 'even'\n")
+    with pytest.raises(ConfigError, match="is 'even', expected one of log, whole, decay"):
+        resolve(TuneConfig, {"reg": ["mine.py:Own"]}, None)
+
+
+def test_a_strength_that_the_data_have_no_room_for(tmp_path, measured):
+    flags = (*TINY[2:], "--epochs", "2", "--reg", "cutout", "--budget", "8", "--out", tmp_path)
+    result = invoke("tune", *flags)
+    assert result.exit_code == 2, result.output
+    assert "cutout=14 erases" in result.stderr
+    assert "came to 3, 14: a --range, and another --out" in result.stderr.splitlines()[-1]
+    assert_one_line_error(invoke("train", "--reg", "cutout=3.5"), 2, "expected a whole number")
 
 
 def test_the_usual_range():

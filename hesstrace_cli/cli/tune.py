@@ -13,8 +13,8 @@ from hesstrace_cli.cli.output import check_places, write_json
 from hesstrace_cli.cli.runs import command_line, train_all
 from hesstrace_cli.cli.signals import StopRequest
 from hesstrace_cli.cli.train import warn_of_unused
-from hesstrace_cli.config import TrainConfig, TuneConfig, parse_terms, resolve
-from hesstrace_cli.errors import NumericsError
+from hesstrace_cli.config import TrainConfig, TuneConfig, parse_terms, resolve, scale_of
+from hesstrace_cli.errors import ConfigError, HesstraceError, NumericsError
 from hesstrace_cli.reporting import tables
 
 _ROUNDS = 15  # of timing steps: the budget goes by it
@@ -57,7 +57,7 @@ def tune(*, flags: dict[str, Any], config: str | None) -> None:
             folder, tuning.settings_of(settings), lambda: _step_cost(settings)
         )
     cost = study.user_attrs["step_cost"]
-    plan = tuning.plan(settings.budget, cost, settings.epochs)
+    plan = tuning.plan_of(settings, cost)
     screen.say(
         f"{plan.size} strengths of {settings.tuned()}, from {first:g} on, within {bounds[0]:g} and "
         f"{bounds[1]:g}, compared after epoch {plan.until} of {settings.epochs}; a step takes "
@@ -66,10 +66,18 @@ def tune(*, flags: dict[str, Any], config: str | None) -> None:
 
     def evaluate(strengths: Sequence[float]) -> list[tuning.Validation | None]:
         runs = [tuning.planned(settings, strength, plan.until) for strength in strengths]
-        train_all(grid.pending(runs), settings.jobs)
+        try:
+            train_all(grid.pending(runs), settings.jobs)
+        except HesstraceError as problem:
+            if problem.exit_code != ConfigError.exit_code or first in strengths:
+                raise
+            raise ConfigError(
+                f"{problem}; the search came to {', '.join(f'{s:g}' for s in strengths)}: a "
+                "--range, and another --out, keep it from there"
+            ) from problem
         return [tuning.validation(run) for run in runs]
 
-    tuning.search(study, plan, bounds, first, evaluate)
+    tuning.search(study, plan, bounds, first, evaluate, scale_of(settings.tuned()))
     lock.release()
     _report(settings, tuning.record(study, plan, settings))
 

@@ -25,12 +25,16 @@ from typing import TYPE_CHECKING, Any
 from hesstrace_cli import records
 from hesstrace_cli.comparison.grid import PlannedRun, arguments
 from hesstrace_cli.config import (
+    SCALES,
+    Scale,
     TrainConfig,
     TuneConfig,
+    is_late,
     key_of,
     parse_regularizers,
     parse_terms,
     regularizers_name,
+    scale_of,
     usual_strength,
 )
 from hesstrace_cli.errors import ConfigError, NumericsError
@@ -101,7 +105,7 @@ class Plan:
         return [1, *[2] * pairs, *[1] * (1 + left)] if self.size > 3 else [1] * self.size
 
 
-def plan(budget: float, cost: float, epochs: int) -> Plan:
+def plan(budget: float, cost: float, epochs: int, *, whole: bool = False) -> Plan:
     """As many strengths as can be trained for three quarters of the epochs, for as many as can be.
 
     Two of them for two thirds, where the budget pays for no more.
@@ -110,15 +114,17 @@ def plan(budget: float, cost: float, epochs: int) -> Plan:
         budget: In plain runs' time.
         cost: Of a step over that of a plain one.
         epochs: Of a run.
+        whole: Whether all epochs are needed, as what a strength does is seen in the last ones.
 
     Raises:
         ConfigError: If it does not pay for a choice.
     """
+    short, shortest = (1.0, 1.0) if whole else (_SHORT, _SHORTEST)
     for size in range(_MOST, _FEWEST - 1, -1):
         until = min(epochs, math.floor(epochs * budget / cost / size + 1e-9))
-        if until >= epochs * (_SHORT if size > _FEWEST else _SHORTEST) - 1e-9:
+        if until >= epochs * (short if size > _FEWEST else shortest) - 1e-9:
             return Plan(size, until)
-    least = math.ceil(_SHORTEST * epochs - 1e-9)
+    least = math.ceil(shortest * epochs - 1e-9)
     enough = math.ceil(10 * _FEWEST * least * cost / epochs - 1e-9) / 10
     raise ConfigError(
         f"--budget {budget:g} pays for fewer than {_FEWEST} strengths, as a step takes {cost:.2g} "
@@ -137,7 +143,13 @@ def start(config: TuneConfig) -> float:
     default = usual_strength(config.tuned())
     if default is not None and low <= default <= high:
         return default
-    return float(f"{math.sqrt(low * high):.3g}")
+    return scale_of(config.tuned()).middle(low, high)
+
+
+def plan_of(config: TuneConfig, cost: float) -> Plan:
+    """What the budget pays for, a step taking so many times a plain one."""
+    names = [name for name, _ in parse_terms(config.reg)]
+    return plan(config.budget, cost, config.epochs, whole=is_late(names))
 
 
 @dataclass(frozen=True)
@@ -238,7 +250,12 @@ def _drop_half_a_line(file: Path) -> None:
 
 
 def search(
-    study: Study, plan: Plan, bounds: tuple[float, float], start: float, evaluate: Evaluate
+    study: Study,
+    plan: Plan,
+    bounds: tuple[float, float],
+    start: float,
+    evaluate: Evaluate,
+    scale: Scale = SCALES["log"],
 ) -> None:
     """Run the study to its end; what is in it already is not done again.
 
@@ -250,13 +267,14 @@ def search(
         bounds: The least and the largest of them.
         start: The first of them.
         evaluate: Asked again for what is known after a stop.
+        scale: On which they are apart.
 
     Raises:
         NumericsError: If every run diverged.
     """
     from hesstrace_cli.comparison.walk import Walk
 
-    study.sampler, first = Walk(bounds, start), 0
+    study.sampler, first = Walk(bounds, start, scale), 0
     for size in plan.rounds():
         for number in range(first, first + size):
             _ask(study, number, bounds)
@@ -309,17 +327,15 @@ def _completed(study: Study) -> list[FrozenTrial]:
     return sorted(done, key=lambda trial: (trial.value, trial.number))
 
 
-def chosen(study: Study, start: float) -> FrozenTrial:
+def chosen(study: Study, start: float, scale: Scale = SCALES["log"]) -> FrozenTrial:
     """The trial whose strength is nearest to the first, of those as good as the best.
 
     As good is what is above it by no more than the standard error of the difference.
     """
-    from hesstrace_cli.comparison.walk import distance
-
     done = _completed(study)
     above = {trial.number: _result(trial).above(_result(done[0])) for trial in done}
     alike = [trial for trial in done if above[trial.number][0] <= above[trial.number][1]]
-    return min(alike, key=lambda trial: distance(strength_of(trial), start))
+    return min(alike, key=lambda trial: scale.distance(strength_of(trial), start))
 
 
 def _result(trial: FrozenTrial) -> Validation:
@@ -353,7 +369,8 @@ def record(study: Study, plan: Plan, config: TuneConfig) -> dict[str, Any]:
         config: The command's.
     """
     first = start(config)
-    found, trials = chosen(study, first), trial_records(study, plan, config)
+    found = chosen(study, first, scale_of(config.tuned()))
+    trials = trial_records(study, plan, config)
     strength, cost = strength_of(found), study.user_attrs["step_cost"]
     return {
         "schema": SCHEMA,

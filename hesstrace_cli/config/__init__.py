@@ -13,12 +13,15 @@ from hesstrace_cli.config.files import read_yaml, resolve, to_yaml
 from hesstrace_cli.config.many_runs import CompareConfig, TuneConfig
 from hesstrace_cli.config.regularizers import (
     REGULARIZERS,
+    is_late,
     parse_regularizers,
     parse_terms,
     regularizers_name,
+    scale_of,
     usual_strength,
 )
 from hesstrace_cli.config.rows import Row, open_names
+from hesstrace_cli.config.scales import SCALES, Scale
 from hesstrace_cli.config.train import TrainConfig
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.hints import did_you_mean, likely
@@ -27,6 +30,7 @@ __all__ = [
     "LARGEST",
     "LARGEST_SHIFT",
     "REGULARIZERS",
+    "SCALES",
     "SEQ_LEN",
     "SMALLEST_SCALE",
     "TASK_NAMES",
@@ -38,12 +42,14 @@ __all__ = [
     "DataConfig",
     "EstimateConfig",
     "Row",
+    "Scale",
     "SensitivityConfig",
     "SpectrumConfig",
     "TrainConfig",
     "TuneConfig",
     "VerifyConfig",
     "did_you_mean",
+    "is_late",
     "is_text",
     "key_of",
     "likely",
@@ -53,6 +59,7 @@ __all__ = [
     "read_yaml",
     "regularizers_name",
     "resolve",
+    "scale_of",
     "shortened",
     "to_yaml",
     "usual_strength",

@@ -11,6 +11,8 @@ as plain values, what its strength means:
         maximum = 1.0          # largest strength allowed
         settings = ("every",)  # of `hesstrace train`, which have no effect without it
         alone_to = "..."       # what only one of those used together may do
+        spacing = "whole"      # of its strengths, where that is not "log": see `scales`
+        acts_late = True       # what it does is done in the run's last epochs
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class Declared:
         is_penalty: Whether it adds a weighted term to the loss, so that `--lambda` may name it.
         settings: Those of `hesstrace train` that have no effect without it.
         alone_to: What only one regularizer of those used together may do; empty for nothing.
+        spacing: Its strengths are evenly apart on this of `SCALES`; "whole" for whole numbers.
+        acts_late: Whether what it does is done in the last epochs of a run, and not seen before.
     """
 
     made_by: str
@@ -48,6 +52,8 @@ class Declared:
     is_penalty: bool = False
     settings: tuple[str, ...] = ()
     alone_to: str = ""
+    spacing: str = "log"
+    acts_late: bool = False
 
 
 _NAMES = [item.name for item in dataclasses.fields(Declared) if item.name != "made_by"]

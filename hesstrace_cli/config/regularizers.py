@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hesstrace_cli.config.declared import Declared, built_in, declared_by_user
+from hesstrace_cli.config.scales import SCALES, Scale
 from hesstrace_cli.config.yaml_text import shortened
 from hesstrace_cli.errors import ConfigError
 from hesstrace_cli.hints import did_you_mean, likely
@@ -119,6 +120,10 @@ def _strength(name: str, text: str) -> float:
             f"the strength of {name} is {shortened(text)}, expected a number that is at least "
             f"0{upto}"
         )
+    if scale_of(name) is SCALES["whole"] and value != int(value):
+        raise ConfigError(
+            f"the strength of {name} is {shortened(text)}, expected a whole number of at least 0"
+        )
     return value
 
 
@@ -174,6 +179,26 @@ def parse_strengths(name: str, text: str, entry: str) -> list[float]:
 _DECADES = 100.0  # of the usual range, below and above a regularizer's own default
 
 
+def scale_of(name: str) -> Scale:
+    """On which a regularizer's strengths are evenly apart.
+
+    Raises:
+        ConfigError: If a user's class declares one that there is not.
+    """
+    spacing = _declared(name).spacing
+    if spacing not in SCALES:
+        raise ConfigError(
+            f"the spacing of {name} is {shortened(str(spacing))}, expected one of "
+            f"{', '.join(SCALES)}"
+        )
+    return SCALES[spacing]
+
+
+def is_late(names: Iterable[str]) -> bool:
+    """Whether what one of the regularizers does is done in the last epochs of a run."""
+    return any(_declared(name).acts_late for name in names)
+
+
 def parse_range(name: str, text: str) -> tuple[float, float]:
     """The least and the largest strength of `LOW:HIGH`.
 
@@ -203,7 +228,10 @@ def usual_range(name: str) -> tuple[float, float]:
     declared = _declared(name)
     if not declared.default:
         raise ConfigError(f"{name!r} has no default strength to look around; give --range LOW:HIGH")
-    return declared.default / _DECADES, min(declared.default * _DECADES, declared.maximum)
+    scale = scale_of(name)
+    place = scale.place(declared.default)
+    low, high = scale.strength(place / _DECADES), scale.strength(place * _DECADES)
+    return low, min(high, declared.maximum)
 
 
 def regularizers_name(strengths: Mapping[str, float]) -> str:

@@ -22,6 +22,7 @@ class Cutout(Regularizer):
     reads_weights = None
     default = 8
     unit = "side in pixels"
+    spacing = "whole"
 
     def transform(self, X: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Erase a square of every image.
@@ -29,7 +30,7 @@ class Cutout(Regularizer):
         Raises:
             ConfigError: If the inputs are no images, or the square is larger than they are.
         """
-        side = round(self.strength)
+        side = int(self.strength)
         if X.dim() != 4 or not X.is_floating_point() or side > max(X.shape[2:]):
             what = "" if X.is_floating_point() else " of indices"
             raise ConfigError(

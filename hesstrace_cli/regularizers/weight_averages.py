@@ -44,6 +44,7 @@ class StochasticWeightAverage(WeightAverage):
     unit = "share of the run, its last part, whose epochs are averaged"
     maximum = 1.0
     alone_to = "average the weights"
+    acts_late = True
 
     def num_averaged(self, steps: int, *, steps_per_epoch: int, total_steps: int) -> int:
         """Of the last epochs, at least one."""
@@ -63,6 +64,7 @@ class ExponentialMovingAverage(WeightAverage):
     unit = "decay a step"
     maximum = 0.999999
     alone_to = "average the weights"
+    spacing = "decay"
 
     def num_averaged(self, steps: int, *, steps_per_epoch: int, total_steps: int) -> int:
         """Of all steps."""
