@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shlex
@@ -23,9 +24,13 @@ from hesstrace_cli.curvature.objective import Objective
 from hesstrace_cli.data.preprocess import Preprocess
 from hesstrace_cli.data.splits import TensorSplit
 from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.training import cost
+from hesstrace_cli.training.cost import StepCost
 from tests.conftest import TINY, invoke, make_run, train_to_end
 from tests.curvature import oracles
 from tests.curvature.zoo import make
+
+compare = importlib.import_module("hesstrace_cli.cli.compare")  # the name is its command's, too
 
 
 def config(**settings):
@@ -76,6 +81,24 @@ def test_runs_that_diverged_have_their_row():
     none, diverged = tabulate([summary("none", 0, 0.5)], [note])["rows"]
     assert (none["num_diverged"], diverged["num_diverged"], diverged["num_seeds"]) == (0, 1, 0)
     assert diverged["test_loss"]["mean"] is None
+
+
+def test_a_steps_cost_is_of_its_own_model(monkeypatch, tmp_path):
+    def rows(costs, *models):
+        runs = [summary(name, 0, 0.5, model=m) for m in models for name in ("none", "trace=1")]
+        return [row["step_cost"] for row in tabulate(runs, (), costs)["rows"]]
+
+    def timed(configs):
+        return {name: StepCost(len(c.model) / 3, 1.0) for name, c in configs.items()}
+
+    monkeypatch.setattr(cost, "step_costs", timed)
+    runs = grid.plan(config(reg=["none", "trace=1"], model="mlp,lenet5", seeds=[0]))
+    costs = compare._step_costs(tmp_path, runs, measure=True)
+    assert compare._read_costs(tmp_path) == costs
+    assert rows(costs, "mlp", "lenet5") == [1, 1, 1, 2]
+    by_name = {"none": 1.0, "trace=1": 4.0}  # as once, of the last model alone
+    assert rows(by_name, "mlp") == [1, 4]
+    assert rows(by_name, "mlp", "lenet5") == [None] * 4
 
 
 def test_calibration_error():

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from hesstrace_cli.comparison import choice, grid
+from hesstrace_cli.comparison.found import collect
 from hesstrace_cli.config import REGULARIZERS, CompareConfig, TrainConfig, key_of, resolve
 from hesstrace_cli.errors import ConfigError
 from tests.conftest import TINY, assert_one_line_error, invoke, train_to_end
@@ -204,6 +205,10 @@ def test_with_other_seeds_the_chosen_value_alone_is_trained(tmp_path):
     assert invoke("compare", out).exit_code == 0
     again = json.loads((out / "results.json").read_text())
     assert (again["at_edge"], again["rows"]) == (found["at_edge"], found["rows"])
+    plain = (*TINY, "--reg", "none", "--reg", own, "--lr", "0.01", "--seeds", "0,1", "--out", out)
+    assert "chosen" not in invoke("compare", *plain).output  # a comparison without a choice
+    assert "chosen_by" not in json.loads((out / "results.json").read_text())
+    assert {run["regularizers"] for run in collect(out).finished} == {"none", own, other}
 
 
 def test_what_is_at_an_edge():

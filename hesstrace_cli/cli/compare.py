@@ -13,7 +13,7 @@ from hesstrace_cli.cli import screen
 from hesstrace_cli.cli.options import with_options
 from hesstrace_cli.cli.runs import command_line, train_all
 from hesstrace_cli.cli.train import warn_of_unused
-from hesstrace_cli.config import CompareConfig, resolve
+from hesstrace_cli.config import CompareConfig, TrainConfig, resolve
 from hesstrace_cli.errors import ConfigError, NumericsError
 from hesstrace_cli.reporting import comparisons, plots, tables
 from hesstrace_cli.reporting.layout import markdown_table
@@ -90,6 +90,8 @@ def _trained(settings: CompareConfig, runs: Sequence[PlannedRun]) -> tuple[list[
     if settings.tune:
         edges = choice.at_edge(settings, chosen)
         choice.write_chosen(grid.root(settings), chosen, settings.tune_by, edges)
+    else:  # what an earlier comparison there has chosen is not of this one
+        choice.forget_chosen(grid.root(settings))
     return chosen, anew
 
 
@@ -210,14 +212,21 @@ def _step_costs(out: Path, runs: Sequence[PlannedRun], *, measure: bool) -> dict
     """Steps timed side by side in this session; those of an earlier one where nothing was run."""
     import json
 
+    from hesstrace_cli.comparison.table import cost_key
     from hesstrace_cli.storage.files import write_atomically
     from hesstrace_cli.training.cost import step_costs
 
     if not measure:
         return _read_costs(out)
-    measured = step_costs(
-        {run.regularizer: run.config for run in runs if not run.diverged.is_file()}
-    )
-    costs = {name: cost.time for name, cost in measured.items()}
+    places: dict[tuple[str, str], dict[str, TrainConfig]] = {}
+    for run in runs:
+        if not run.diverged.is_file():
+            of_place = places.setdefault((run.config.dataset, run.config.model), {})
+            of_place[run.regularizer] = run.config
+    costs = {
+        cost_key(*place, name): cost.time
+        for place, configs in places.items()
+        for name, cost in step_costs(configs).items()
+    }
     write_atomically(out / _COSTS, json.dumps(costs, indent=2) + "\n")
     return costs

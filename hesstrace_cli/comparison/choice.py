@@ -67,6 +67,11 @@ def write_chosen(
     write_atomically(folder / CHOSEN, json.dumps(content, indent=2) + "\n")
 
 
+def forget_chosen(folder: Path) -> None:
+    """Collect all runs of the folder again."""
+    (folder / CHOSEN).unlink(missing_ok=True)
+
+
 def at_edge(config: CompareConfig, chosen: Iterable[PlannedRun]) -> list[str]:
     """Where the chosen strength, or value, is the least or the most of those tried, in words.
 

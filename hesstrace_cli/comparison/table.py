@@ -103,7 +103,7 @@ def tabulate(
             are known, else the data set and model tell the groups apart.
         diverged: `dataset`, `model`, `regularizers` and `seed` of the runs that stopped with a
             loss that is not finite.
-        step_cost: The time of a step over that of `none`, by regularizer.
+        step_cost: The time of a step over that of `none`, by `cost_key`.
         unfinished: As `diverged`, of the runs that are not at their end.
     """
     summaries = _distinct(summaries)
@@ -117,7 +117,8 @@ def tabulate(
     rows: list[records.Row] = []
     for number, members in enumerate(groups.values()):
         # Steps were timed with the settings of one of several groups, it is not known of which.
-        costs = (step_cost or {}) if places.count(places[number]) == 1 else {}
+        of_place = _costs_of(*places[number], step_cost or {}, alone=len(set(places)) == 1)
+        costs = of_place if places.count(places[number]) == 1 else {}
         for row in _group(*places[number], members, costs):
             row["group"] = number
             row["settings"] = {k: settings[number].get(k) for k in apart}
@@ -125,6 +126,20 @@ def tabulate(
     num_runs = len(summaries) + len(diverged) + len(pending)
     return {"schema": SCHEMA, "num_runs": num_runs, "num_unfinished": len(pending),
             "settings": settings, "rows": rows}  # fmt: skip
+
+
+def cost_key(dataset: str, model: str, regularizer: str) -> str:
+    """Of a row among step costs: what a step takes over `none`'s is another for another model."""
+    return f"{dataset} {model} {regularizer}"
+
+
+def _costs_of(
+    dataset: str, model: str, costs: Mapping[str, float], *, alone: bool
+) -> dict[str, float]:
+    """By regularizer; where there is one data set and model, a key may be that alone, as once."""
+    prefix = cost_key(dataset, model, "")
+    found = {key.removeprefix(prefix): c for key, c in costs.items() if key.startswith(prefix)}
+    return found or (dict(costs) if alone else {})
 
 
 def _distinct(summaries: Sequence[Summary]) -> list[Summary]:
