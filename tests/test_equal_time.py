@@ -138,12 +138,12 @@ def test_a_row_that_diverges_at_once_keeps_its_epochs(monkeypatch, tmp_path):
     assert [row["epochs"] for row in kept] == [3, 3]
 
 
-def test_what_is_measured_is_the_runs_own_clock(monkeypatch):
-    """Made steps of one second, and two where k is 2 and the penalty is due."""
-    clock = [0.0]
+@pytest.fixture
+def made_steps(monkeypatch):
+    """Made steps of one second, and two where the penalty is due; whose they were."""
+    clock, taken = [0.0], []
     monkeypatch.setattr(cost, "_SECONDS", 8.0)
     monkeypatch.setattr("hesstrace_cli.training.trainer.time.monotonic", lambda: clock[0])
-    taken = []
 
     def take(trainer, _examples):
         due = "trace=0.01" in trainer.config.reg and trainer.step % trainer.config.every == 0
@@ -151,14 +151,26 @@ def test_what_is_measured_is_the_runs_own_clock(monkeypatch):
         taken.append(trainer.config.reg)
 
     monkeypatch.setattr(cost.Trainer, "take_step", take)
+    return taken
+
+
+def test_what_is_measured_is_the_runs_own_clock(made_steps):
     configs = {"none": config(), "trace": config(reg=["trace=0.01"], every=2)}
     state = torch.get_rng_state()
     seconds = cost.epoch_seconds(configs)
     assert torch.equal(state, torch.get_rng_state())
     steps = cost.Trainer.of(configs["none"]).steps_per_epoch
     assert seconds == {"none": steps * 1.0, "trace": steps * 1.5}
-    changes = sum(a != b for a, b in itertools.pairwise(taken))
+    changes = sum(a != b for a, b in itertools.pairwise(made_steps))
     assert changes == 2 * (cost._PASSES + 1) - 1  # in turn
+
+
+def test_a_short_run_is_timed_beyond_its_end(made_steps):
+    """Its few steps are the slow ones of a beginning, if they are enough for a pass at all."""
+    configs = {"none": config(epochs=1), "trace": config(epochs=1, reg=["trace=0.01"])}
+    steps = cost.Trainer.of(configs["none"]).steps_per_epoch
+    assert cost.epoch_seconds(configs) == {"none": steps * 1.0, "trace": steps * 2.0}
+    assert len(made_steps) == 2 * (cost._PASSES + 1) * cost._STEPS  # and not for long
 
 
 @pytest.mark.slow

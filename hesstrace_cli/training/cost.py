@@ -26,6 +26,7 @@ from hesstrace_cli.training.trainer import Trainer
 
 _ROUNDS, _STEPS = 5, 4
 _PASSES, _SECONDS = 9, 0.2  # that an epoch's time is taken of, and of each
+_ENOUGH = 10_000  # epochs for all passes
 
 Key = TypeVar("Key")
 
@@ -87,7 +88,7 @@ def epoch_seconds(configs: Mapping[Key, TrainConfig]) -> dict[Key, float]:
         By the row's key; a row that diverged at once is left out.
     """
     with random_state_kept(), contextlib.ExitStack() as stack:
-        clocks = {key: _Clock(Trainer.of(config), stack) for key, config in configs.items()}
+        clocks = {key: _Clock(config, stack) for key, config in configs.items()}
         passes = [{key: clock.step() for key, clock in clocks.items()} for _ in range(_PASSES)]
     first = next((key for key in clocks if passes[0][key] is not None), None)
     found: dict[Key, float] = {}
@@ -102,16 +103,23 @@ def epoch_seconds(configs: Mapping[Key, TrainConfig]) -> dict[Key, float]:
 
 
 class _Clock:
-    """Times some more of a run's steps in each pass."""
+    """Times some more of a run's steps in each pass.
 
-    def __init__(self, trainer: Trainer, stack: contextlib.ExitStack) -> None:
-        self._trainer, every = trainer, trainer.config.every
-        self.steps_per_epoch = trainer.steps_per_epoch
-        steps: Any = trainer.advance()
-        self._steps = stack.enter_context(contextlib.closing(steps))
+    A short run goes on beyond its end, so that every pass has steps; all passes together take no
+    longer than it, but for the fewest steps that tell.
+    """
+
+    def __init__(self, config: TrainConfig, stack: contextlib.ExitStack) -> None:
+        config = config.effective()
+        longer = dataclasses.replace(config, epochs=max(config.epochs, _ENOUGH), monitor_trace=0)
+        self._trainer = trainer = Trainer.of(longer)
+        every, self.steps_per_epoch = trainer.config.every, trainer.steps_per_epoch
+        running: Any = trainer.advance()
+        self._steps = stack.enter_context(contextlib.closing(running))
         first = self._mean(max(_STEPS, every))
-        least = math.ceil(_STEPS / every)
-        self._size = every * max(least, math.ceil(_SECONDS / every / first) if first else 1)
+        steps = _SECONDS / first if first else 0.0
+        steps = max(_STEPS, min(steps, config.epochs * self.steps_per_epoch / _PASSES))
+        self._size = every * math.ceil(steps / every)
 
     def step(self) -> float | None:
         """Seconds of a step, some steps on; None where none is left."""
