@@ -88,6 +88,9 @@ def test_names_hide_neither_points_nor_each_other(tmp_path, draw):
         heights = sorted(y for _, y in places)
         inches = figure.get_figheight() * axes.get_position().height
         assert min(b - a for a, b in itertools.pairwise(heights)) * inches > 0.12
+        if draw is comparisons.plot_metric:  # each is tied to a run
+            points = {tuple(at) for drawn in axes.collections for at in drawn.get_offsets().data}
+            assert {text.xy for text in axes.texts} <= points
         assert (heights[0], heights[-1]) > (-0.5, 0)
         assert heights[-1] < 1.5
 
@@ -130,6 +133,16 @@ def test_the_forest_of_differences():
     assert "right is better" in left.get_xlabel()
     assert "left is better" in right.get_xlabel()
     assert comparisons.plot_differences(rows[1:2]) is None
+
+
+def test_tiny_differences_have_no_common_factor_in_the_label():
+    own = {"mean": 1e-9, "ci95": [-1e-9, 3e-9], "p_holm": None}
+    of = {"test_accuracy": own, "test_loss": own, "metrics": {}}
+    figure = comparisons.plot_differences([a_row("none"), a_row("sam=1", difference_to_none=of)])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.xaxis.get_offset_text().get_text() == ""
+        assert "e-09" in axes.get_xticklabels()[-1].get_text().replace("\N{MINUS SIGN}", "-")
 
 
 def test_collapsed_networks_are_named_and_hide_no_others(tmp_path):

@@ -125,6 +125,7 @@ def plot_differences(rows: Sequence[Record]) -> Figure | None:
         better = "right" if higher else "left"
         axes.set_xlabel(f"{_spelled(measure)} minus none's ({better} is better)", fontsize=9)
         axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter("{x:g}")  # a common factor would stand in the label
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(visible=True, axis="x", linewidth=0.4, alpha=0.5)
     figure.suptitle(_forest_title(own), fontsize=9, x=0.02, ha="left")
@@ -222,11 +223,14 @@ def plot_metric(summaries: Sequence[Record]) -> Figure | None:
     if lost:
         axes.set_title(f"not shown, collapsed: {', '.join(lost)}", fontsize=8, loc="left")
     axes.grid(visible=True, linewidth=0.4, alpha=0.5)
-    name_beside(axes, [
-        (name, look.colour, fmean(x for x, _ in points), fmean(y for _, y in points))
-        for name, look, points in rows
-    ])  # fmt: skip
+    name_beside(axes, [(name, look.colour, *_middle(points)) for name, look, points in rows])
     return figure
+
+
+def _middle(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The point nearest to the mean in height: a mean itself is a place where nothing is drawn."""
+    mean = fmean(y for _, y in points)
+    return min(points, key=lambda point: abs(point[1] - mean))
 
 
 def _spelled(metric: str) -> str:
