@@ -55,7 +55,7 @@ def another(item):
 
 COMMON = [
     item for item in dataclasses.fields(TrainConfig)
-    if item.name not in (*PLACE, "reg", "lambda_", "seed", "mean", "std")
+    if item.name not in (*PLACE, "reg", "lambda_", "seed", "mean", "std", "fd_step")
 ]  # fmt: skip
 
 
@@ -84,6 +84,15 @@ def test_every_setting_is_compared(tmp_path, item):
         assert grouped(one, other, third) == [["none", "trace=1.0"], ["trace=1.0"]]
     assert len(grouped(one, a_run(tmp_path / "d", "trace=1.0", seed=3, device="cuda"))) == 1
     assert len(grouped(one, a_run(tmp_path / "e", "trace=1.0", label_noise=0.0))) == 1
+
+
+def test_settings_of_a_regularizer_are_its_rows(tmp_path):
+    name = "grad-norm-fd=1.0"
+    runs = [a_run(tmp_path / reg / str(step), reg, fd_step=step)
+            for reg in ("none", "trace=1.0", name) for step in (0.1, 0.5)]  # fmt: skip
+    assert grouped(*runs) == [
+        ["none"] * 2 + ["trace=1.0"] * 2 + [f"{name} (fd-step={step})" for step in (0.1, 0.5)]
+    ]
 
 
 def test_runs_of_other_settings_are_compared_apart(tmp_path):

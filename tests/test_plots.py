@@ -88,11 +88,19 @@ def test_names_hide_neither_points_nor_each_other(tmp_path, draw):
         heights = sorted(y for _, y in places)
         inches = figure.get_figheight() * axes.get_position().height
         assert min(b - a for a, b in itertools.pairwise(heights)) * inches > 0.12
-        if draw is comparisons.plot_metric:  # each is tied to a run
-            points = {tuple(at) for drawn in axes.collections for at in drawn.get_offsets().data}
-            assert {text.xy for text in axes.texts} <= points
         assert (heights[0], heights[-1]) > (-0.5, 0)
         assert heights[-1] < 1.5
+
+
+def test_a_name_is_tied_to_a_run(tmp_path):
+    made = summaries(tmp_path)[0]
+    points = [(1.0, 0.5), (10.0, 0.7), (500.0, 0.95)]
+    runs = [
+        {**made, "seed": seed, "test_accuracy": y, "trace": {**made["trace"], "trace": x}}
+        for seed, (x, y) in enumerate(points)
+    ]
+    (axes,) = comparisons.plot_metric(runs).axes
+    assert [text.xy for text in axes.texts] == [(10.0, 0.7)]
 
 
 def a_row(name, difference=0.0, **changes):

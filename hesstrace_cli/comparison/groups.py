@@ -1,6 +1,6 @@
 """Which runs may stand in one table: those that differ in regularizer, seed and place alone.
 
-The settings of the trace penalty belong to the regularizer: where they differ, so do the rows.
+Settings that a regularizer alone goes by belong to it: where they differ, so do its rows.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from hesstrace_cli.comparison.equal_time import time_of
 from hesstrace_cli.comparison.found import Found, Summary, settings_of
-from hesstrace_cli.config import TrainConfig, key_of
+from hesstrace_cli.config import REGULARIZERS, TrainConfig, key_of, settings_used
 from hesstrace_cli.reporting.apart import differing, key
 from hesstrace_cli.storage.records import task_name
 from hesstrace_cli.storage.resume import PLACE
 
 _ROW = ("reg", "lambda_", "seed")
-_TRACE = "Trace penalty"  # the panel of its settings
+_OWN = settings_used(REGULARIZERS)
 
 
 def with_settings(found: Found) -> Found:
@@ -54,13 +54,13 @@ def _described(run: Summary) -> dict[str, Any]:
     settings: dict[str, object] = {}
     for item in dataclasses.fields(TrainConfig):
         if item.name not in (*PLACE, *_ROW):
-            is_own = item.metadata["panel"] == _TRACE
-            (own if is_own else settings)[key_of(item.name)] = getattr(config, item.name)
+            (own if item.name in _OWN else settings)[key_of(item.name)] = getattr(config, item.name)
     settings["epochs"] = time_of(Path(run["folder"]), config) or config.epochs
     settings["label-noise"] = config.label_noise or None  # none is no noise
     if "test_loss" in run:  # what auto took, which is another where the data have changed
         settings["task"] = task_name(run)
-    own = own if {"trace", "trace-held"} & strengths.keys() else {}
+    used = {key_of(name) for name in settings_used(strengths)}
+    own = {name: value for name, value in own.items() if name in used}
     of_row = {key_of(name): value for name, value in row.settings.items()}
     return {**run, "settings": settings, "own": own, "strengths": strengths,
             "row_settings": of_row}  # fmt: skip

@@ -18,6 +18,7 @@ from hesstrace_cli.config.regularizers import (
     parse_terms,
     regularizers_name,
     scale_of,
+    settings_used,
     usual_strength,
 )
 from hesstrace_cli.config.rows import Row, open_names
@@ -60,6 +61,7 @@ __all__ = [
     "regularizers_name",
     "resolve",
     "scale_of",
+    "settings_used",
     "shortened",
     "to_yaml",
     "usual_strength",

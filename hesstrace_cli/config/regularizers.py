@@ -179,6 +179,11 @@ def parse_strengths(name: str, text: str, entry: str) -> list[float]:
 _DECADES = 100.0  # of the usual range, below and above a regularizer's own default
 
 
+def settings_used(names: Iterable[str]) -> set[str]:
+    """The settings of `hesstrace train` that some of the regularizers go by, by field name."""
+    return {setting for name in names for setting in _declared(name).settings}
+
+
 def scale_of(name: str) -> Scale:
     """On which a regularizer's strengths are evenly apart.
 
