@@ -57,13 +57,15 @@ def test_a_setting_in_a_row_is_the_runs(entry, name, field, value):
     [
         ("weight-decay=-1", "--weight-decay is -1"),
         ("weight-decay=much", "expected a number"),
-        ("every=1.5", "expected a whole number"),
+        ("trace,every=1.5", "expected a whole number"),
         ("weight-decay", "weight-decay=VALUE"),
         ("weight-decay=1,weight-decay=2", "twice"),
         ("weight-decy=1", "did you mean 'weight-decay'"),
         ("weight_decay=1", "did you mean 'weight-decay'"),
         ("wd=1", "did you mean 'weight-decay'"),
         ("dropuot=0.1", "did you mean dropout=0.1"),
+        ("draw=labels", "without trace or trace-held, which alone goes by it"),
+        ("sam,fd-step=0.2", "write grad-norm-fd,fd-step=VALUE"),
         ("class-weights=balanced", "class-weights cannot be a row's own"),  # another loss
         ("ignore-index=3", "ignore-index cannot be a row's own"),
         ("task=regression", "task cannot be a row's own"),

@@ -8,7 +8,7 @@ A name behind `--reg` is a regularizer's or a setting's of `hesstrace train`; no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -20,6 +20,7 @@ from hesstrace_cli.config.regularizers import (
     parse_strengths,
     parse_terms,
     regularizers_name,
+    settings_used,
     shortest,
 )
 from hesstrace_cli.config.yaml_text import shortened
@@ -130,7 +131,24 @@ def parse_row(entries: Sequence[str], lambda_: float | None, config_class: type[
     if missing:
         raise ConfigError(f"--reg has {missing[0]} without a value; write {missing[0]}=VALUE")
     strengths = parse_regularizers([regularizers], lambda_)
+    _refuse_unused(strengths, settings, config_class)
     return Row(strengths, _values(settings, config_class))
+
+
+def _refuse_unused(
+    strengths: Mapping[str, float], settings: Iterable[str], config_class: type[Any]
+) -> None:
+    """Refuse a setting that other regularizers go by alone: the row would be as without it."""
+    if any(name not in REGULARIZERS for name in strengths):
+        return  # a user's class may go by any
+    keys, used = _keys(config_class), settings_used(strengths)
+    for key in settings:
+        theirs = [n for n, declared in REGULARIZERS.items() if keys[key] in declared.settings]
+        if theirs and keys[key] not in used:
+            raise ConfigError(
+                f"--reg has {key} in a row without {' or '.join(theirs)}, which alone goes by it; "
+                f"write {theirs[0]},{key}=VALUE"
+            )
 
 
 def _values(settings: Mapping[str, str | None], config_class: type[Any]) -> dict[str, Any]:
@@ -186,6 +204,7 @@ def tuned_rows(
         )
     names = [name for name, strength in parse_terms([regularizers]) if strength is None]
     strengths = parse_regularizers([regularizers], lambda_)
+    _refuse_unused(strengths, settings, config_class)
     # In the order that they were written in, which is that of the row's name.
     values = {key: _values({key: text}, config_class) for key, text in settings.items()}
     rows = [Row(strengths, {name: v for own in values.values() for name, v in own.items()})]

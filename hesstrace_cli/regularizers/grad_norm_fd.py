@@ -13,8 +13,11 @@ Source:
 
 from __future__ import annotations
 
+import torch
+
 from hesstrace_cli.autodiff.graph import gradient
-from hesstrace_cli.regularizers.base import Regularizer, Step, Term
+from hesstrace_cli.errors import ConfigError
+from hesstrace_cli.regularizers.base import Regularizer, Setting, Step, Term
 
 
 class FiniteDifferenceGradientNorm(Regularizer):
@@ -27,6 +30,20 @@ class FiniteDifferenceGradientNorm(Regularizer):
     settings = ("fd_step",)
 
     in_parts = False
+
+    def prepare(self, setting: Setting) -> None:
+        """Refuse a step that is lost in rounding.
+
+        Raises:
+            ConfigError: If it is.
+        """
+        dtype = next(iter(setting.objective.params.values())).dtype
+        least = torch.finfo(dtype).eps ** 0.5 / 10
+        if self.config.fd_step < least:
+            raise ConfigError(
+                f"--fd-step is {self.config.fd_step:g}: a difference over less than {least:.1g} is "
+                f"lost in the rounding of {str(dtype).removeprefix('torch.')}; the usual one is 0.1"
+            )
 
     def term(self, step: Step) -> Term:
         """(L(w + epsilon g) - L(w)) / epsilon, g held constant; its value is about ||g||^2."""

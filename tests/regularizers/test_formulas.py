@@ -293,6 +293,17 @@ def test_grad_norm_by_differences(case):
     torch.testing.assert_close(value, norm.square(), rtol=1e-4, atol=1e-8)
 
 
+def test_a_step_lost_in_rounding_is_refused():
+    """Its weight over the step takes the digits of the loss's own gradient, too."""
+    model, X, y = make("gelu", train=True)
+    for dtype, least in ((torch.float32, 4e-5), (torch.float64, 2e-9)):
+        objective = Objective(model.to(dtype), trainable(model))
+        setting = Setting(objective, X.to(dtype), y, len(X), 3, 10, ALONE)
+        the("grad-norm-fd", 0.1, fd_step=least).prepare(setting)
+        with pytest.raises(ConfigError, match=f"lost in the rounding of {str(dtype)[6:]}"):
+            the("grad-norm-fd", 0.1, fd_step=least / 4).prepare(setting)
+
+
 @pytest.mark.parametrize("case", ["gelu", "batch_norm_1d"])
 def test_fisher(case):
     """The squared gradient of the cross-entropy with labels drawn from the model, in its words."""
