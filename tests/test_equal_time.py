@@ -171,6 +171,9 @@ def test_a_short_run_is_timed_beyond_its_end(made_steps):
     steps = cost.Trainer.of(configs["none"]).steps_per_epoch
     assert cost.epoch_seconds(configs) == {"none": steps * 1.0, "trace": steps * 2.0}
     assert len(made_steps) == 2 * (cost._PASSES + 1) * cost._STEPS  # and not for long
+    made_steps.clear()
+    cost.epoch_seconds({"rare": config(epochs=1, reg=["trace=0.01"], every=1000)})
+    assert len(made_steps) < 100
 
 
 @pytest.mark.slow

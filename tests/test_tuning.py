@@ -241,6 +241,15 @@ def test_strengths_of_other_scales(tmp_path, reg, bounds, strengths):
     assert tuning.strength_of(best) == strengths[2][0]
 
 
+def test_of_a_few_whole_numbers_all_are_tried(tmp_path):
+    asked = resolve(TuneConfig, {"reg": ["cutout"], "range": "2:5"}, None)
+    evaluate, tried = made(4)
+    study, first = tuning.open_study(tmp_path, {}, lambda: 1.0), tuning.start(asked)
+    plan = tuning.Plan(4, EPOCHS)
+    tuning.search(study, plan, asked.bounds(), first, evaluate, scale_of("cutout"))
+    assert sorted(itertools.chain(*tried)) == [2, 3, 4, 5]
+
+
 def test_a_spacing_that_there_is_not():
     with pathlib.Path("mine.py").open("w") as file:
         file.write("class Own:\n    default = 1.0\n    spacing = 'even'\n")

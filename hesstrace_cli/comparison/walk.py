@@ -45,6 +45,9 @@ def next_strengths(
     places = {scale.place(strength): loss for strength, loss in tried.items()}
     low, high = map(scale.place, bounds)
     found = _next_places(places, (low, high), scale.place(start))
+    if scale is SCALES["whole"]:  # a step may be less than one
+        best = min(places, key=lambda place: places[place])
+        found += sorted(range(int(low), int(high) + 1), key=lambda n: abs(n - best))
     strengths = [min(max(scale.strength(place), bounds[0]), bounds[1]) for place in found]
     return [strength for strength in dict.fromkeys(strengths) if strength not in tried]
 

@@ -113,12 +113,14 @@ class _Clock:
         config = config.effective()
         longer = dataclasses.replace(config, epochs=max(config.epochs, _ENOUGH), monitor_trace=0)
         self._trainer = trainer = Trainer.of(longer)
-        every, self.steps_per_epoch = trainer.config.every, trainer.steps_per_epoch
+        self.steps_per_epoch = trainer.steps_per_epoch
+        total = config.epochs * self.steps_per_epoch
+        every = min(config.every, total)
         running: Any = trainer.advance()
         self._steps = stack.enter_context(contextlib.closing(running))
         first = self._mean(max(_STEPS, every))
         steps = _SECONDS / first if first else 0.0
-        steps = max(_STEPS, min(steps, config.epochs * self.steps_per_epoch / _PASSES))
+        steps = max(_STEPS, min(steps, total / _PASSES))
         self._size = every * math.ceil(steps / every)
 
     def step(self) -> float | None:
