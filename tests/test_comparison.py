@@ -148,6 +148,7 @@ def test_plan_is_the_whole_grid():
         ({"tune": ["val-fraction=0.1:0.2"], "reg": ["val-fraction"]}, "every val-fraction has"),
         ({"tune": ["train-examples=50:60"], "reg": ["train-examples"]}, "train-examples has"),
         ({"reg": ["trace=0.1", "trace"], "lambda_": 0.1}, "same"),
+        ({"reg": ["trace"], "lambda_": 0.3, "tune": ["trace=0.1:0.2"]}, "--lambda is given"),
     ],
 )
 def test_what_cannot_be_planned(settings, words):

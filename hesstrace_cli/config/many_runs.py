@@ -96,10 +96,13 @@ class CompareConfig(TrainConfig):
         Raises:
             ConfigError: If a row cannot be understood, or two are the same.
         """
-        takes = [takes_lambda(parse_terms([split(e, TrainConfig)[0]])) for e in self.reg]
+        choices = parse_tune(self.tune, TrainConfig)
+        rows_terms = [parse_terms([split(entry, TrainConfig)[0]]) for entry in self.reg]
+        takes = [
+            takes_lambda([term for term in terms if term[0] not in choices]) for terms in rows_terms
+        ]
         if self.lambda_ is not None and not any(takes):
             raise ConfigError(UNUSED_LAMBDA)
-        choices = parse_tune(self.tune, TrainConfig)
         if choices and not self.val_fraction:
             raise ConfigError("--tune chooses on the validation split; --val-fraction is 0")
         splits = [key for key in _OF_THE_SPLIT if key in choices]
