@@ -173,6 +173,20 @@ def test_an_unfinished_grid_says_how_far_it_is(tmp_path):
     assert [run["seed"] for run in found.unfinished] == [1]
 
 
+def test_a_run_that_diverged_and_was_then_finished_by_hand_is_finished(tmp_path):
+    a_run(tmp_path / "a")
+    place = {"dataset": "digits", "model": "mlp", "regularizers": "none", "seed": 0}
+    (tmp_path / "a/diverged.json").write_text(json.dumps(place))
+    assert (len(collect(tmp_path).finished), len(collect(tmp_path).diverged)) == (0, 1)
+    summary = {
+        **place, "epochs": 1, "train_loss": 1.0, "train_accuracy": None, "val_accuracy": None,
+        "test_loss": 1.0, "test_accuracy": None, "seconds": 1.0,
+        "trace": {"trace": None, "stderr": None, "per_layer": []},
+    }  # fmt: skip
+    (tmp_path / "a/summary.json").write_text(json.dumps(summary))
+    assert (len(collect(tmp_path).finished), len(collect(tmp_path).diverged)) == (1, 0)
+
+
 def test_the_counts_of_a_row():
     row = {"num_seeds": 3, "num_diverged": 1, "num_unfinished": 6, "num_collapsed": 2}
     assert tables._seeds(row) == "3 of 10 (1 diverged, 2 collapsed)"

@@ -60,11 +60,12 @@ def collect(folder: Path) -> Found:
         for run in folders("summary.json")
         if (summary := RunFolder(run).summary()) is not None
     ]
-    diverged = [
+    ended = {run["folder"] for run in finished}
+    diverged = [  # and were not trained to their end by hand since
         {**read_diverged(run / "diverged.json"), "folder": str(run)}
-        for run in folders("diverged.json")
-    ]
-    ended = {run["folder"] for run in [*finished, *diverged]}
+        for run in folders("diverged.json") if str(run) not in ended
+    ]  # fmt: skip
+    ended |= {run["folder"] for run in diverged}
     begun: dict[str, Summary] = {
         str(run): _begun(run) for run in folders("config.yaml") if str(run) not in ended
     }

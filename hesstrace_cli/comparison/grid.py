@@ -197,7 +197,7 @@ def results(runs: Sequence[PlannedRun]) -> Found:
     diverged = [
         {**read_diverged(run.diverged), "folder": run.config.out}
         for run in runs
-        if run.diverged.is_file()
+        if run.diverged.is_file() and run.folder.summary() is None
     ]
     return Found(finished, diverged, [])
 

@@ -162,7 +162,7 @@ class Regularizer:
     """Changes a step's batch, its loss, or the model; every hook does nothing by default.
 
     A class declares in its body, as plain values, what `config.declared` reads: `name`, `default`,
-    `unit`, `maximum`, `is_penalty`, `settings`.
+    `unit`, `maximum`, `is_penalty`, `settings`, `alone_to`, `spacing`, `acts_late`.
 
     Attributes:
         strength: The number behind `NAME=`.
