@@ -32,6 +32,17 @@ class Detaching(Classification):
         return super().curvature_traces(outputs.detach(), targets)
 
 
+class Drawn(Classification):
+    """Every example draws one label."""
+
+    label = 0
+
+    def label_root(self, outputs, targets, noise):
+        noise = torch.zeros_like(noise)
+        noise[:, self.label] = 1.0
+        return super().label_root(outputs, targets, noise)
+
+
 def slopes(name, objective, X, y, settings):
     (penalty,) = build({name: 1.0}, dataclasses.replace(CONFIG, **settings))
     penalty.prepare(Setting(objective, X, y, len(X), 3, 10, ALONE))
@@ -55,6 +66,21 @@ def test_the_gradient_is_that_of_the_jacobian_alone(option):
     full = slopes("trace", objective, X, y, settings)
     torch.testing.assert_close(held[0], full[0])
     assert any(not torch.allclose(held[1][n], full[1][n]) for n in full[1])
+
+
+def test_drawn_labels_hold_it_in_the_mean_over_them():
+    """What drawn labels say of A is constant, and p - e_y has no slope in their mean."""
+    objective, X, y = case("gelu")
+    X, y = X[:1], y[:1]
+    shares = objective.model(X).softmax(1)[0].detach()
+    means = {"trace": 0.0, "trace-held": 0.0}
+    for label, share in enumerate(shares):
+        Drawn.label = label
+        drawn = dataclasses.replace(objective, task=Drawn())
+        for name in means:
+            _, found = slopes(name, drawn, X, y, {"form": "batch", "draw": "labels"})
+            means[name] = means[name] + share * torch.cat([found[n].flatten() for n in found])
+    torch.testing.assert_close(means["trace"], means["trace-held"])
 
 
 def test_accumulation_equals_the_big_batch(tmp_path):
