@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A comparison as a Slurm array, one run a task:
-#   hesstrace compare --config sample_configs/compare_fashion_mnist.yaml --out cmp --plan > plan.txt
+#   hesstrace compare --config sample_configs/compare_digits.yaml --out cmp --plan > plan.txt
 #   sbatch --array=1-$(wc -l < plan.txt) sample_configs/slurm_compare.sh plan.txt
-#   hesstrace compare --config sample_configs/compare_fashion_mnist.yaml --out cmp
+#   hesstrace compare --config sample_configs/compare_digits.yaml --out cmp
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=04:00:00

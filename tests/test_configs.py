@@ -15,7 +15,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "sample_configs").rglob("*.yaml"))
 
 
 def is_comparison(file):
-    return file.name.startswith("compare") or file.name.endswith("rivals.yaml")
+    names = "rivals" in (file.parent.name, file.stem.split("_")[-1])
+    return names or file.name.startswith("compare")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
